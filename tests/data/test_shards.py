@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import webdataset
+
+from tests.data.tools import ABOUT, make_sample, make_set
+from twinflow_train.data.shards import Sample, ShardSet, write_shards
+from twinflow_train.errors import UserError
+
+
+def write(folder: Path, samples: list[Sample], *, overwrite: bool = False) -> ShardSet:
+    return write_shards(folder, samples, null=torch.ones(3, 6), about=ABOUT, overwrite=overwrite)
+
+
+def test_every_sample_reads_back_exactly(tmp_path: Path) -> None:
+    shards = make_set(tmp_path / "set", 10, samples_per_shard=4)
+    assert (len(shards), shards.counts) == (10, (4, 4, 2))
+    for index in (9, 0, 4, 3, 8, 1, 2, 5, 6, 7):
+        wrote = make_sample(index)
+        for caption in (0, 1, 2):
+            read = shards.read(index, caption=caption)
+            chosen = caption % 2
+            assert (read.key, read.caption) == (wrote.key, wrote.captions[chosen])
+            assert read.fields == wrote.fields
+            assert torch.equal(read.latent, wrote.latent)
+            assert torch.equal(read.text, wrote.texts[chosen])
+            assert read.text.dtype == torch.bfloat16
+
+
+def test_the_null_prompt_is_a_float32_condition_of_one_row(tmp_path: Path) -> None:
+    null = make_set(tmp_path / "set").null
+    assert null.tokens.shape == (1, 3, 6)
+    assert null.tokens.dtype == torch.float32
+    assert null.mask is None
+
+
+def test_the_stock_webdataset_reader_opens_the_shards(tmp_path: Path) -> None:
+    shards = make_set(tmp_path / "set", 10, samples_per_shard=4)
+    files = [str(shards.folder / shard.file) for shard in shards.manifest.shards]
+    read = list(webdataset.WebDataset(files, shardshuffle=False))
+    assert [sample["__key__"] for sample in read] == [make_sample(i).key for i in range(10)]
+    for index, sample in enumerate(read):
+        wrote = make_sample(index)
+        tensors = safetensors.torch.load(sample["safetensors"])
+        assert tensors.keys() == {"latent", "text.0", "text.1"}
+        assert torch.equal(tensors["text.1"], wrote.texts[1])
+        assert json.loads(sample["json"]) == {"captions": list(wrote.captions), **wrote.fields}
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
+    assert make_set(tmp_path / "one").manifest == make_set(tmp_path / "two").manifest
+
+
+def test_threads_read_what_one_thread_reads_with_one_shard_open(tmp_path: Path) -> None:
+    shards = ShardSet(make_set(tmp_path / "set", 20, samples_per_shard=3).folder, keep_open=1)
+    order = [(7 * i) % 20 for i in range(200)]
+    with ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(lambda i: float(shards.read(i).latent.mean()), order))
+    assert read == [float(i) for i in order]
+
+
+def test_a_sample_outside_the_set_is_an_index_error(tmp_path: Path) -> None:
+    shards = make_set(tmp_path / "set", 10)
+    for index in (-1, 10):
+        with pytest.raises(IndexError):
+            shards.read(index)
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    def broken() -> Iterator[Sample]:
+        yield make_sample(0)
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_shards(tmp_path / "set", broken(), null=torch.ones(3, 6), about=ABOUT)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_existing_set_is_replaced_only_on_request(tmp_path: Path) -> None:
+    write(tmp_path / "set", [make_sample(0)])
+    with pytest.raises(UserError, match="exists already"):
+        write(tmp_path / "set", [make_sample(1)])
+    replaced = write(tmp_path / "set", [make_sample(1), make_sample(2)], overwrite=True)
+    assert [replaced.read(i).key for i in range(2)] == ["s001", "s002"]
+    assert os.listdir(tmp_path) == ["set"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latent": torch.full((1, 4, 4), math.nan)}, "s001.*not finite"),
+        ({"latent": torch.zeros(1, 4, 5)}, r"s001.*\(1, 4, 5\)"),
+        ({"latent": torch.zeros(1, 4, 4).double()}, "s001.*float64"),
+        ({"texts": (torch.full((2, 6), math.inf).bfloat16(),) * 2}, "s001.*text.*not finite"),
+        ({"texts": (torch.zeros(0, 6).bfloat16(),) * 2}, r"s001.*\(0, 6\)"),
+        ({"key": "../s001"}, "key"),
+        ({"key": "/s001"}, "key"),
+        ({"key": "s.001"}, "key"),
+        ({"key": "s" * 81}, "key"),
+        ({"key": "s000"}, "same key"),
+        ({"fields": {"captions": 1}}, "captions"),
+    ],
+)
+def test_a_bad_sample_is_never_written(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    bad = replace(make_sample(1), **change)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=message):
+        write(tmp_path / "set", [make_sample(0), bad])
+    assert os.listdir(tmp_path) == []
+
+
+def test_captions_and_embeddings_must_be_equally_many() -> None:
+    with pytest.raises(UserError, match=r"s000.*1 captions, 2 embeddings"):
+        replace(make_sample(0), captions=("one",))
+
+
+def test_no_samples_are_no_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no samples"):
+        write(tmp_path / "set", [])
+
+
+def test_a_missing_folder_or_manifest_names_the_config_key(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.path.*nowhere does not exist; build shards"):
+        ShardSet(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"data\.heldout.*has no manifest\.json; build shards"):
+        ShardSet(tmp_path, option="data.heldout")
+
+
+def rewrite_manifest(shards: ShardSet, text: str) -> None:
+    (shards.folder / "manifest.json").write_text(text)
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    shards = make_set(tmp_path / "set")
+    rewrite_manifest(shards, '{"version": 2, "surprise": []}')
+    with pytest.raises(UserError, match="version 2, but this program reads version 1"):
+        ShardSet(shards.folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', '{"version": 1, "shards": []}'])
+def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    shards = make_set(tmp_path / "set")
+    rewrite_manifest(shards, text)
+    with pytest.raises(UserError, match="not a manifest"):
+        ShardSet(shards.folder)
+
+
+def test_a_manifest_cannot_point_outside_its_folder(tmp_path: Path) -> None:
+    shards = make_set(tmp_path / "set")
+    said = (shards.folder / "manifest.json").read_text()
+    rewrite_manifest(shards, said.replace("000001.tar", "../000001.tar"))
+    with pytest.raises(UserError, match="not a manifest"):
+        ShardSet(shards.folder)
+
+
+@pytest.mark.parametrize("file", ["000001.tar", "null.safetensors"])
+def test_a_missing_file_is_noticed_when_the_set_is_opened(tmp_path: Path, file: str) -> None:
+    shards = make_set(tmp_path / "set")
+    (shards.folder / file).unlink()
+    with pytest.raises(UserError, match=f"{file} is missing"):
+        ShardSet(shards.folder)
+
+
+def test_a_vanished_shard_is_named(tmp_path: Path) -> None:
+    shards = make_set(tmp_path / "set")
+    (shards.folder / "000001.tar").unlink()
+    with pytest.raises(UserError, match=r"000001\.tar: No such file.*copy the file again"):
+        shards.read(5)
+
+
+def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
+    shards = make_set(tmp_path / "set")
+    path = shards.folder / "000001.tar"
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(UserError, match=r"000001\.tar: has \d+ bytes, the manifest says"):
+        shards.read(5)
+    assert shards.read(0).key == "s000"
+
+
+def put(shards: ShardSet, members: dict[str, bytes]) -> ShardSet:
+    """Replace the first shard by a tar of these members that the manifest agrees with."""
+    path = shards.folder / "000000.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    said = json.loads((shards.folder / "manifest.json").read_text())
+    said["shards"][0] |= {"bytes": path.stat().st_size, "samples": 1}
+    rewrite_manifest(shards, json.dumps(said))
+    return ShardSet(shards.folder)
+
+
+def packed(**change: torch.Tensor) -> bytes:
+    sample = make_sample(0)
+    tensors = {"latent": sample.latent, "text.0": sample.texts[0], "text.1": sample.texts[1]}
+    return safetensors.torch.save(tensors | change)
+
+
+SAID = b'{"captions": ["one", "two"]}'
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.json": SAID}, r"member a\.safetensors is missing"),
+        ({"a.safetensors": packed()}, r"member a\.json is missing"),
+        ({"../a.json": SAID}, "not a plain file inside the tar"),
+        ({"/a.json": SAID}, "not a plain file inside the tar"),
+        ({"a.pth": b"", "a.json": SAID, "a.safetensors": packed()}, r"a\.pth.*only"),
+        ({f"{k}.{e}": b"" for k in "ab" for e in ("json", "safetensors")}, "has 2 samples"),
+        ({"a.json": SAID, "a.safetensors": b"noise"}, "sample a cannot be read"),
+        ({"a.json": b"{", "a.safetensors": packed()}, "sample a cannot be read"),
+        ({"a.json": b"{}", "a.safetensors": packed()}, "sample a cannot be read.*captions"),
+        ({"a.json": b'{"captions": []}', "a.safetensors": packed()}, "sample a cannot be read"),
+        (
+            {"a.json": SAID, "a.safetensors": packed(latent=torch.full((1, 4, 4), math.nan))},
+            "sample a: the latent is not finite",
+        ),
+        (
+            {"a.json": SAID, "a.safetensors": packed(latent=torch.zeros(2, 4, 4))},
+            r"sample a: is .*\(2, 4, 4\).*others are .*\(1, 4, 4\)",
+        ),
+    ],
+)
+def test_a_damaged_shard_names_itself_and_the_sample(
+    tmp_path: Path, members: dict[str, bytes], message: str
+) -> None:
+    shards = put(make_set(tmp_path / "set"), members)
+    with pytest.raises(UserError, match=rf"000000\.tar.*{message}"):
+        shards.read(0)
+
+
+def test_a_member_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    shards = make_set(tmp_path / "set")
+    path = shards.folder / "000000.tar"
+    size = path.stat().st_size
+    with tarfile.open(path, "w") as tar:
+        link = tarfile.TarInfo("a.json")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    with path.open("ab") as file:
+        file.write(bytes(max(size - path.stat().st_size, 0)))
+    with pytest.raises(UserError, match="not a plain file"):
+        shards.read(0)
+
+
+def test_verify_finds_one_changed_byte(tmp_path: Path) -> None:
+    shards = make_set(tmp_path / "set")
+    shards.verify()
+    path = shards.folder / "000002.tar"
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"000002\.tar: SHA-256"):
+        shards.verify()

@@ -1,0 +1,20 @@
+"""Checks the shapes and types of layers 0 to 2 at every call, in tests only.
+
+Importing this module installs the hook, so it must come before the package is imported.
+TWINFLOW_TYPE_HOOK=0 in the environment switches it off.
+"""
+
+from __future__ import annotations
+
+import os
+
+from jaxtyping import install_import_hook
+
+HOOKED = tuple(
+    f"twinflow_train.{name}"
+    for name in ("batch", "rng", "dist", "flow", "models", "data", "objectives")
+)
+ACTIVE = os.environ.get("TWINFLOW_TYPE_HOOK", "1") != "0"
+
+if ACTIVE:
+    install_import_hook(list(HOOKED), "beartype.beartype")

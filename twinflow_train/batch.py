@@ -1,0 +1,153 @@
+"""What travels between the layers: a batch, its condition, and what a velocity is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Times = Float[Tensor, " b"]
+Rows = slice | Tensor
+"""Selects rows of a batch: a slice, or a vector of row indices."""
+
+
+@dataclass(kw_only=True)
+class Condition:
+    """What an image is conditioned on, one row a sample.
+
+    tokens: text embeddings, padded at the end to the longest row.
+    mask: True where a token is real; None when no row is padded.
+    pooled: pooled text embedding, for families that want one.
+    references: latents of reference images, for editing.
+    """
+
+    tokens: Float[Tensor, "b tokens width"]
+    mask: Bool[Tensor, "b tokens"] | None = None
+    pooled: Float[Tensor, "b pooled"] | None = None
+    references: tuple[Float[Tensor, "b ..."], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Rows) -> Condition:
+        """Select rows; the padding stays."""
+        return Condition(
+            tokens=self.tokens[rows],
+            mask=None if self.mask is None else self.mask[rows],
+            pooled=None if self.pooled is None else self.pooled[rows],
+            references=tuple(r[rows] for r in self.references),
+        )
+
+    def expand(self, rows: int) -> Condition:
+        """Repeat a condition of one row `rows` times without copying it."""
+        return Condition(
+            tokens=self.tokens.expand(rows, -1, -1),
+            mask=None if self.mask is None else self.mask.expand(rows, -1),
+            pooled=None if self.pooled is None else self.pooled.expand(rows, -1),
+            references=tuple(r.expand(rows, *r.shape[1:]) for r in self.references),
+        )
+
+    def to(self, device: torch.device | str) -> Condition:
+        """Move every tensor to `device`, asynchronously where memory is pinned."""
+        return Condition(
+            tokens=self.tokens.to(device, non_blocking=True),
+            mask=None if self.mask is None else self.mask.to(device, non_blocking=True),
+            pooled=None if self.pooled is None else self.pooled.to(device, non_blocking=True),
+            references=tuple(r.to(device, non_blocking=True) for r in self.references),
+        )
+
+    @staticmethod
+    def pad(rows: Sequence[Tensor]) -> Condition:
+        """Stack unpadded token embeddings, each (tokens, width), padding to the longest."""
+        longest = max(len(row) for row in rows)
+        tokens = rows[0].new_zeros(len(rows), longest, rows[0].shape[-1])
+        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = row
+            mask[i, : len(row)] = True
+        return Condition(tokens=tokens, mask=None if bool(mask.all()) else mask)
+
+    @staticmethod
+    def cat(parts: Sequence[Condition]) -> Condition:
+        """Concatenate along rows, padding the tokens to the longest part."""
+        if len(parts) == 1:
+            return parts[0]
+        longest = max(part.tokens.shape[1] for part in parts)
+        parts = [part.padded(longest) for part in parts]
+        masked = any(part.mask is not None for part in parts)
+        first = parts[0]
+        return Condition(
+            tokens=torch.cat([part.tokens for part in parts]),
+            mask=torch.cat([part.full_mask() for part in parts]) if masked else None,
+            pooled=None if first.pooled is None else torch.cat([_some(p.pooled) for p in parts]),
+            references=tuple(
+                torch.cat(same) for same in zip(*(p.references for p in parts), strict=True)
+            ),
+        )
+
+    def padded(self, tokens: int) -> Condition:
+        """Pad at the end to `tokens` tokens."""
+        missing = tokens - self.tokens.shape[1]
+        if missing == 0:
+            return self
+        pad = torch.nn.functional.pad
+        return replace(
+            self,
+            tokens=pad(self.tokens, (0, 0, 0, missing)),
+            mask=pad(self.full_mask(), (0, missing)),
+        )
+
+    def full_mask(self) -> Bool[Tensor, "b tokens"]:
+        """Return the mask, all True where none is stored."""
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.tokens.shape[:2], dtype=torch.bool, device=self.tokens.device)
+
+
+def _some(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None, "either every part has a pooled embedding or none has"
+    return tensor
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """Rows of one optimizer step's global batch.
+
+    data: clean latents in the model's normalisation.
+    cond: what each row is conditioned on; null: the neutral prompt, one row.
+    keys: each row's name in the data set, for messages.
+    """
+
+    data: Float[Tensor, "b *chw"]
+    cond: Condition
+    null: Condition
+    keys: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move every tensor to `device`, asynchronously where memory is pinned."""
+        return replace(
+            self,
+            data=self.data.to(device, non_blocking=True),
+            cond=self.cond.to(device),
+            null=self.null.to(device),
+        )
+
+
+@runtime_checkable
+class Velocity(Protocol):
+    """F(x_t, t, r, cond): predicted average velocity dx/dt from time t to time r, shaped like x_t.
+
+    t and r are float32 (float64 with float64 data) in [-1, 1]; |t| = 1 is noise and 0 is data;
+    t > 0 is the real trajectory, t < 0 the fake one; r = t asks for the instantaneous velocity.
+    """
+
+    def __call__(
+        self, x_t: Float[Tensor, "b *chw"], t: Times, r: Times, cond: Condition, /
+    ) -> Float[Tensor, "b *chw"]: ...

@@ -1,0 +1,118 @@
+"""Processes: who am I, how many are we, and shall we stop. Starts the one process group."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among all: `rank` of `size`, computing on `device`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one process that writes shared files and talks to the user."""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Add a tensor over all processes, in place; collective."""
+        if self.size > 1:
+            torch_dist.all_reduce(value)
+        return value
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Stack equally shaped tensors of all processes along a new first axis; collective."""
+        if self.size == 1:
+            return rows[None]
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        torch_dist.all_gather(parts, rows.contiguous())
+        return torch.stack(parts)
+
+    def any(self, flag: bool) -> bool:
+        """Tell whether the flag is up in any process; collective."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def gather_texts(self, text: str) -> Sequence[str]:
+        """Collect one string of every process, in rank order; collective."""
+        data = text.encode()
+        length = self.gather(torch.tensor([len(data)], device=self.device)).flatten()
+        padded = torch.zeros(int(length.max()), dtype=torch.uint8, device=self.device)
+        padded[: len(data)] = torch.tensor(list(data), dtype=torch.uint8, device=self.device)
+        rows = self.gather(padded).cpu()
+        return [
+            bytes(row[:n].tolist()).decode() for row, n in zip(rows, length.tolist(), strict=True)
+        ]
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.any(False)
+
+    def peak_memory(self) -> int:
+        """Return the most bytes this process has held: on its GPU, or resident on the CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _Stop:
+    """Whether this process was asked to stop. A second Ctrl-C ends it at once."""
+
+    asked = False
+
+    @classmethod
+    def ask(cls, number: int, frame: FrameType | None) -> None:
+        if cls.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        cls.asked = True
+
+
+def watch_signals() -> None:
+    """Turn SIGTERM, SIGUSR1 and the first Ctrl-C into a request that `stopping` reports."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, _Stop.ask)
+
+
+def stopping(world: World) -> bool:
+    """Tell whether any process was asked to stop; all processes get the same answer; collective."""
+    return world.any(_Stop.asked)
+
+
+@contextmanager
+def start() -> Iterator[World]:
+    """Join the process group that torchrun describes, or a group of one, and leave it at the end.
+
+    Uses nccl with one GPU a process where there are GPUs, else gloo on the CPU.
+    """
+    watch_signals()
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    store = torch_dist.HashStore() if "RANK" not in os.environ else None
+    torch_dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=10)
+    )
+    try:
+        yield World(rank=rank, size=size, device=device)
+    finally:
+        torch_dist.destroy_process_group()

@@ -1,0 +1,205 @@
+"""Sharding by torch's FSDP2: also the engine of a single process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from twinflow_train.batch import Velocity
+from twinflow_train.dist import World
+from twinflow_train.engines.average import decay_at, follow
+from twinflow_train.engines.base import Engine, Precision, Span
+from twinflow_train.engines.optim import MOMENTS, Optim, begin_state, set_updates
+from twinflow_train.models.base import Model, VelocityNet, Weights
+
+
+@dataclass(kw_only=True)
+class FSDP2(Engine):
+    """Fully sharded data parallel: every rank holds 1 / ranks of weights, average and moments.
+
+    precision: type in which the networks compute.
+    recompute: recompute every n-th block's activations in the backward pass; 0 keeps all.
+    """
+
+    precision: Precision = Precision.bf16
+    recompute: int = 1
+
+    def __post_init__(self) -> None:
+        if self.recompute < 0:
+            raise ValueError(f"engine.recompute must be 0 or more, got {self.recompute}")
+
+    def shard(
+        self, model: Model, weights: Weights, *, optim: Optim, decay: float, world: World
+    ) -> ShardedFSDP2:
+        """Build, shard and fill student and teacher (see `Engine`)."""
+        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+        policy = MixedPrecisionPolicy(
+            param_dtype=self.precision.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+
+        def sharded() -> VelocityNet:
+            net = model.build()
+            if self.recompute:
+                net.recompute(recompute_every(self.recompute, len(net.blocks)))
+            for block in net.blocks:
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+            # Without the explicit flag a root that only runs forward stays gathered.
+            fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            net.to_empty(device=world.device)
+            fill(net, weights)
+            return net
+
+        student = sharded()
+        second = sharded().requires_grad_(False) if decay > 0 else None
+        return ShardedFSDP2(student, second, optim=optim, decay=decay, world=world)
+
+
+class ShardedFSDP2:
+    """A student and its teacher under FSDP2 (see `Sharded`)."""
+
+    def __init__(
+        self,
+        student: VelocityNet,
+        second: VelocityNet | None,
+        *,
+        optim: Optim,
+        decay: float,
+        world: World,
+    ) -> None:
+        self._net, self._second = student, second
+        self._optim, self._decay, self._world = optim, decay, world
+        self._trained = [p for p in student.parameters() if p.requires_grad]
+        self._optimizer = optim.build(self._trained)
+        begin_state(self._optimizer)
+        self.updates = 0
+        self.student: Velocity = student
+        self.teacher: Velocity = second if second is not None else student
+        self.average: Velocity | None = second if 0 < decay < 1 else None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Give the shape of each of the student's parameters, by its name in weight files."""
+        net = self._net
+        return {net.stored_name(name): tuple(p.shape) for name, p in net.named_parameters()}
+
+    def networks(self) -> dict[str, Velocity]:
+        """Name the networks to evaluate: "raw" and, where there is an average, "ema"."""
+        raw = {"raw": self.student}
+        return raw if self.average is None else raw | {"ema": self.average}
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of this rank's share of the loss; reduces at once.
+
+        FSDP2 averages over ranks, the loss is summed over them: hence the factor.
+        """
+        (loss * self._world.size).backward()
+
+    def step(self, rate: float) -> Tensor:
+        """Clip, update, average and clear; return the global gradient norm before clipping."""
+        norm = nn.utils.get_total_norm([_some(p.grad) for p in self._trained], foreach=True)
+        if self._optim.clip:
+            nn.utils.clip_grads_with_norm_(self._trained, self._optim.clip, norm, foreach=True)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        if self._second is not None and self._decay < 1:
+            decay = decay_at(self._decay, self.updates)
+            follow(_locals(self._second), _locals(self._net), decay)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def spans(self) -> Iterator[Span]:
+        """Yield this rank's part of every parameter, average and moment as live flat views."""
+        yield from _spans("model", self._net)
+        if self._second is not None:
+            yield from _spans("average", self._second)
+        names = {id(p): self._net.stored_name(name) for name, p in self._net.named_parameters()}
+        for parameter, state in self._optimizer.state.items():
+            for kind in MOMENTS:
+                yield _span(kind, names[id(parameter)], state[kind])
+
+    def restored(self, updates: int) -> None:
+        """Take note that the spans were filled from a checkpoint after `updates` updates."""
+        self.updates = updates
+        set_updates(self._optimizer, updates)
+
+    def whole(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, whole tensor on the CPU) of "model" or "average" on rank 0; collective."""
+        net = self._second if kind == "average" else self._net
+        assert net is not None, "there is no averaged network"
+        for name, parameter in net.named_parameters():
+            tensor = _dtensor(parameter).full_tensor().detach()
+            if self._world.main:
+                yield net.stored_name(name), tensor.cpu()
+
+
+def recompute_every(n: int, blocks: int) -> Callable[..., object]:
+    """Return a caller of blocks, asked in turn, that recomputes every n-th in the backward pass."""
+    turns = count()
+
+    def call(block: Callable[..., object], *inputs: Any) -> object:
+        if next(turns) % blocks % n:
+            return block(*inputs)
+        return checkpoint(block, *inputs, use_reentrant=False)
+
+    return call
+
+
+def fill(net: VelocityNet, weights: Weights) -> None:
+    """Load each parameter's own rows from `weights`; no rank holds more than one whole tensor."""
+    for name, parameter in net.named_parameters():
+        shard = _dtensor(parameter)
+        local = shard.to_local()
+        start = _first_row(shard)
+        rows = weights.read(net.stored_name(name), shard.shape, start, start + len(local))
+        with torch.no_grad():
+            local.copy_(rows)
+
+
+def _spans(kind: str, net: VelocityNet) -> Iterator[Span]:
+    for name, parameter in net.named_parameters():
+        yield _span(kind, net.stored_name(name), _dtensor(parameter.detach()))
+
+
+def _span(kind: str, name: str, tensor: Tensor) -> Span:
+    shard = _dtensor(tensor)
+    local = shard.to_local()
+    row = math.prod(shard.shape[1:])
+    return Span(
+        kind=kind,
+        name=name,
+        shape=tuple(shard.shape),
+        offset=_first_row(shard) * row,
+        local=local.view(-1),
+    )
+
+
+def _first_row(shard: DTensor) -> int:
+    """Return where this rank's rows begin: FSDP2 cuts the first axis into equal chunks."""
+    mesh = shard.device_mesh
+    chunk = -(-shard.shape[0] // mesh.size())
+    return min(chunk * mesh.get_local_rank(), shard.shape[0])
+
+
+def _locals(net: nn.Module) -> list[Tensor]:
+    return [_dtensor(p.detach()).to_local() for p in net.parameters()]
+
+
+def _dtensor(tensor: Tensor) -> DTensor:
+    assert isinstance(tensor, DTensor), "FSDP2 parameters and their moments are DTensors"
+    return tensor
+
+
+def _some(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None, "a trained parameter got no gradient: see models.freeze_unused"
+    return gradient

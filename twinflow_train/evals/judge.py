@@ -1,0 +1,161 @@
+"""A small classifier of digits, trained on real ones: its logits and features judge images."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Self
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from twinflow_train.data.shards import ShardSet
+from twinflow_train.errors import UserError
+from twinflow_train.evals import metrics
+from twinflow_train.rng import generator
+
+BUILD = "python data/digits.py"
+"""The command that builds the judge of the built-in set."""
+
+EPOCHS, BATCH, RATE = 8, 50, 1e-2
+LINEAR, SHIFT = 0.15, 0.14
+"""Augmentation: the most that is added to the identity map and its shift (1 is half a side)."""
+
+
+class Judge(nn.Module):
+    """Convolutional classifier of 28x28 images in [-1, 1] with 64 features before its last layer.
+
+    accuracy: its share of right answers on held-out real images.
+    frechet: Frechet distance between training and held-out real images, equally many of each, in
+        its features: what a perfect generator reaches.
+    """
+
+    def __init__(self) -> None:
+        # Built without storage: the default initialisation would draw from the global generator.
+        super().__init__()
+        with torch.device("meta"):
+            self.body = nn.Sequential(
+                *_block(1, 16),
+                *_block(16, 32),
+                *_block(32, 64),
+                nn.Flatten(),
+                nn.Linear(64 * 3 * 3, 64, bias=False),
+                nn.BatchNorm1d(64),
+                nn.ReLU(),
+            )
+            self.head = nn.Linear(64, 10)
+        self.accuracy = math.nan
+        self.frechet = math.nan
+
+    def forward(
+        self, images: Float[Tensor, "b 1 28 28"]
+    ) -> tuple[Float[Tensor, "b 10"], Float[Tensor, "b 64"]]:
+        """Return logits and features."""
+        features = self.body(images)
+        return self.head(features), features
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a judge that `fit_judge` wrote, ready to judge; UserError if there is none."""
+        if not Path(path).is_file():
+            raise UserError(f"evals.judge: there is no judge at {path}; build it with: {BUILD}")
+        judge = cls()
+        try:
+            with safe_open(path, framework="pt") as file:
+                said = json.loads((file.metadata() or {})["judge"])
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            judge.load_state_dict(state, assign=True)
+            judge.accuracy, judge.frechet = said["accuracy"], said["frechet"]
+        except (SafetensorError, RuntimeError, KeyError) as error:
+            raise UserError(
+                f"evals.judge: {path} is not a judge of digits; build it anew with: {BUILD}"
+            ) from error
+        return judge.eval().requires_grad_(False)
+
+
+def fit_judge(*, train: ShardSet, heldout: ShardSet, path: Path) -> float:
+    """Train a judge on `train`, write it to `path` and return its accuracy on `heldout`."""
+    images, labels = labelled(train)
+    real, real_labels = labelled(heldout)
+    judge = _initialised()
+    _fit(judge, images, labels)
+    judge.eval()
+    with torch.no_grad():
+        logits, features = judge(real)
+        some = torch.linspace(0, len(images) - 1, min(len(images), len(real))).long()
+        distance = metrics.frechet(judge(images[some])[1], features)
+    accuracy = metrics.accuracy(logits, real_labels)
+    _write(judge, path, accuracy=accuracy, frechet=distance)
+    return accuracy
+
+
+def labelled(shards: ShardSet) -> tuple[Float[Tensor, "n 1 28 28"], Int[Tensor, " n"]]:
+    """Read all images of a set and their labels; UserError if a sample has none."""
+    samples = [shards.read(i) for i in range(len(shards))]
+    if missing := [sample.key for sample in samples if "label" not in sample.fields]:
+        raise UserError(f"{shards.folder}: sample {missing[0]} has no field `label` to judge it by")
+    labels = [int(sample.fields["label"]) for sample in samples]
+    return torch.stack([sample.latent.float() for sample in samples]), torch.tensor(labels)
+
+
+def _initialised() -> Judge:
+    """Make a judge whose parameters are functions of their names alone."""
+    judge = Judge().to_empty(device="cpu")
+    for name, module in judge.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, generator=generator("judge", name))
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.reset_parameters()
+    return judge
+
+
+def _block(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
+    """Make the layers that halve an image's sides."""
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    return conv, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)
+
+
+def _fit(judge: Judge, images: Float[Tensor, "n 1 28 28"], labels: Int[Tensor, " n"]) -> None:
+    """Train on randomly bent images with a one-cycle learning rate."""
+    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=1e-2)
+    per_epoch = max(len(images) // BATCH, 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, EPOCHS * per_epoch)
+    for epoch in range(EPOCHS):
+        draws = generator("judge", "epoch", epoch)
+        order = torch.randperm(len(images), generator=draws)
+        for rows in order.tensor_split(per_epoch):
+            logits, _ = judge(_bent(images[rows], draws))
+            loss = nn.functional.cross_entropy(logits, labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+def _bent(images: Float[Tensor, "b 1 28 28"], draws: torch.Generator) -> Float[Tensor, "b 1 28 28"]:
+    """Apply to each image a small random affine map."""
+    amounts = torch.tensor([LINEAR, LINEAR, SHIFT]).expand(2, 3)
+    draw = 2 * torch.rand(len(images), 2, 3, generator=draws) - 1
+    maps = torch.eye(2, 3) + amounts * draw
+    places = nn.functional.affine_grid(maps, list(images.shape), align_corners=False)
+    return nn.functional.grid_sample(images, places, padding_mode="border", align_corners=False)
+
+
+def _write(judge: Judge, path: Path, *, accuracy: float, frechet: float) -> None:
+    """Write a judge as safetensors, whole or not at all; the same judge gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # One entry: safetensors writes several in random order.
+    save_file(
+        judge.state_dict(),
+        unfinished,
+        metadata={"judge": json.dumps({"accuracy": accuracy, "frechet": frechet})},
+    )
+    unfinished.replace(path)

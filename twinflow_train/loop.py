@@ -1,0 +1,126 @@
+"""The whole story of a run, top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import torch
+
+from twinflow_train import dist
+from twinflow_train.batch import Batch
+from twinflow_train.checkpoint import Progress
+from twinflow_train.data.loader import prefetch
+from twinflow_train.dist import World
+from twinflow_train.engines.base import Sharded
+from twinflow_train.evals.during import evaluate
+from twinflow_train.models.base import save_folder
+from twinflow_train.objectives.draws import Draws
+from twinflow_train.reporting.summary import conclude
+from twinflow_train.run import INTERRUPTED, Resume, Run
+from twinflow_train.runfolder import run_folder, write_manifest
+
+Prepared = list[tuple[Batch, Draws]]
+"""One optimizer step of one rank: its micro-batches and their randomness."""
+
+
+def train(run: Run) -> int:
+    """Train, save, evaluate and export; return the process's exit code.
+
+    Side effects stand before the step: the first step, the last one and an interruption need no
+    code of their own.
+    """
+    with ExitStack() as stack:
+        world = stack.enter_context(dist.start())
+        folder = stack.enter_context(run_folder(run.folder, world))
+        heldout = run.data.held_out()
+        engine = run.shard(world)
+        progress = Progress()
+        saves = run.checkpoints(folder, engine, progress, world)
+        if run.resume is not Resume.never:
+            saves.resume(must=run.resume is Resume.must)
+        write_manifest(folder, run.config(), world)
+        log = stack.enter_context(run.log(folder, progress, world))
+        log.tell(run.banner(engine, world))
+        steps = prefetch(prepare(run, progress.step, world), run.data.prefetch)
+        stack.enter_context(closing(steps))
+        while True:
+            done, stop = progress.step >= run.steps, dist.stopping(world)
+            if done or stop or progress.every(run.save_every):
+                saves.write()
+            if not stop and (done or progress.every(run.eval_every)):
+                found = evaluate(
+                    run.evals,
+                    engine.networks(),
+                    heldout=heldout,
+                    folder=folder / "samples",
+                    step=progress.step,
+                    world=world,
+                )
+                log.write(progress.step, progress.samples, found.metrics())
+                log.picture(progress.step, "samples", found.picture)
+            if done or stop:
+                break
+            values = learn(run, engine, steps, progress.step, world)
+            log.stepped(progress.step, progress.samples, values)
+            progress.advance(run.batch)
+        if not done:
+            log.tell(f"interrupted after step {progress.step}; start again to continue")
+            return INTERRUPTED
+        export(run, engine, folder / "export", world)
+        summary = found.evaluation.summary() | {"name": run.name, "heldout": found.heldout}
+        summary |= {"step": progress.step, "samples": progress.samples}
+        log.tell(conclude(folder, summary, write=world.main))
+        return 0
+
+
+def prepare(run: Run, step: int, world: World) -> Iterator[Prepared]:
+    """Yield this rank's micro-batches with their randomness, an optimizer step at a time."""
+    deal, latent = run.deal(world), run.data.train().manifest.form.latent_shape
+    batches = run.data.batches(
+        seed=run.seed, batch=run.batch, rows=deal.rows(), start=step * run.batch
+    )
+    for micro_batches in batches:
+        draws = [
+            run.objective.draw(deal, micro, seed=run.seed, step=step, latent=latent)
+            for micro in range(deal.micro_steps)
+        ]
+        yield list(zip(micro_batches, draws, strict=True))
+        step += 1
+
+
+def learn(
+    run: Run, engine: Sharded, steps: Iterator[Prepared], step: int, world: World
+) -> dict[str, float]:
+    """Take one optimizer step and return what there is to log about it."""
+    began = time.perf_counter()
+    prepared = next(steps)
+    waited = time.perf_counter() - began
+    sums: dict[str, torch.Tensor] = {}
+    for batch, draws in prepared:
+        loss = run.objective.loss(engine.student, engine.teacher, batch.to(world.device), draws)
+        engine.backward(loss.total)
+        for name, value in loss.metrics.items():
+            sums[name] = sums[name] + value if name in sums else value
+    rate = run.optim.rate(step, run.steps)
+    norm = engine.step(rate)
+    means = world.sum(torch.stack(list(sums.values()))).tolist()
+    return dict(zip(sums, means, strict=True)) | {
+        "norm/grad": float(norm),
+        "lr": rate,
+        "time/data": waited,
+        "time/step": time.perf_counter() - began,
+        "memory/peak_gib": world.peak_memory() / 2**30,
+    }
+
+
+def export(run: Run, engine: Sharded, folder: Path, world: World) -> None:
+    """Write the weights to use, averaged if there is an average, as a diffusers folder."""
+    weights = engine.whole("average" if engine.average is not None else "model")
+    if world.main:
+        save_folder(folder / "transformer", run.model.config(), weights)
+    else:
+        deque(weights, maxlen=0)  # gathering takes every rank

@@ -1,0 +1,198 @@
+"""Where a run's numbers go: `metrics.jsonl`, a progress bar and, if wanted, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from twinflow_train.dist import World
+
+log = logging.getLogger(__name__)
+FILE = "metrics.jsonl"
+SECRET = re.compile(
+    r"(?i)(://)[^/@\s]+@|([?&][^=\s&]*(?:key|token|secret|sig|password)[^=]*=)[^&\s]+"
+)
+
+
+def scrub(value: Any) -> Any:
+    """Remove credentials from the URLs in a tree of plain values."""
+    if isinstance(value, str):
+        return SECRET.sub(
+            lambda match: (match[1] or match[2]) + ("***@" if match[1] else "***"), value
+        )
+    if isinstance(value, Mapping):
+        return {key: scrub(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [scrub(inner) for inner in value]
+    return value
+
+
+class Sink:
+    """A tracker outside the run folder; this one drops everything."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Take numbers."""
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Take an image file."""
+
+    def close(self) -> None:
+        """Finish."""
+
+
+@dataclass(kw_only=True)
+class Tracking:
+    """A tracker: the `tracking` group of the configuration."""
+
+    def open(self, *, name: str, folder: Path, config: Mapping[str, Any]) -> Sink:
+        """Start tracking a run."""
+        return Sink()
+
+
+@dataclass(kw_only=True)
+class NoTracking(Tracking):
+    """Only `metrics.jsonl` and the pictures in the run folder."""
+
+
+@dataclass(kw_only=True)
+class WandB(Tracking):
+    """Weights & Biases. mode: offline (needs no account; sync later), online or disabled."""
+
+    project: str = "twinflow"
+    entity: str | None = None
+    mode: str = "offline"
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("offline", "online", "disabled"):
+            raise ValueError(f"tracking.mode must be offline, online or disabled, got {self.mode}")
+
+    def open(self, *, name: str, folder: Path, config: Mapping[str, Any]) -> Sink:
+        """Start a W&B run; its files go to the run folder."""
+        return _WandBSink(self, name=name, folder=folder, config=config)
+
+
+class _WandBSink(Sink):
+    def __init__(
+        self, options: WandB, *, name: str, folder: Path, config: Mapping[str, Any]
+    ) -> None:
+        # Heavy: only where it is wanted.
+        import wandb
+
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=options.project,
+            entity=options.entity,
+            mode=options.mode,  # type: ignore[arg-type]
+            tags=options.tags,
+            name=name,
+            dir=str(folder),
+            config=scrub(dict(config)),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        # Our own step is the axis: a resumed run continues on it, also as a new offline run.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        self._run.log({"step": step, name: self._wandb.Image(str(path))})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+@dataclass(kw_only=True)
+class Log:
+    """One run's log. Only the main process writes; the others' calls do nothing."""
+
+    sink: Sink
+    file: TextIO | None
+    bar: tqdm | None
+    every: int = 1
+
+    def write(self, step: int, samples: int, values: Mapping[str, float]) -> None:
+        """Write one line of numbers that belong to the state after `step` steps."""
+        if self.file is None:
+            return
+        self.file.write(json.dumps({"step": step, "samples": samples, **values}) + "\n")
+        self.file.flush()
+        self.sink.write(step, values)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Pass on an image file."""
+        if self.file is not None and path.is_file():
+            self.sink.picture(step, name, path)
+
+    def tell(self, text: str) -> None:
+        """Print a line of text above the progress bar."""
+        if self.bar is not None:
+            self.bar.write(text)
+
+    def stepped(self, step: int, samples: int, values: Mapping[str, float]) -> None:
+        """Move the progress bar by one step, and write its numbers every `every` steps."""
+        if self.bar is None:
+            return
+        shown = {k: f"{values[k]:.3g}" for k in ("loss/total", "norm/grad") if k in values}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        if self.every and step % self.every == 0:
+            self.write(step, samples, values)
+
+
+@contextmanager
+def open_log(
+    tracking: Tracking,
+    *,
+    name: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    world: World,
+    step: int,
+    steps: int,
+    every: int,
+) -> Iterator[Log]:
+    """Open the log of a run that is about to take step `step` of `steps`.
+
+    Lines at or after that step are cut from `metrics.jsonl`: they are about to be made again.
+    """
+    if not world.main:
+        yield Log(sink=Sink(), file=None, bar=None)
+        return
+    path = folder / FILE
+    cut(path, step)
+    sink = tracking.open(name=name, folder=folder, config=config)
+    bar = tqdm(total=steps, initial=step, desc=name, unit="step", dynamic_ncols=True, mininterval=1)
+    try:
+        with path.open("a") as file, bar:
+            yield Log(sink=sink, file=file, bar=bar, every=every)
+    finally:
+        sink.close()
+
+
+def cut(path: Path, step: int) -> None:
+    """Drop the lines of steps from `step` on, and a last line that was not written to its end."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            keep = line.endswith("\n") and json.loads(line)["step"] < step
+        except json.JSONDecodeError:
+            log.warning("dropping a damaged line of %s", path)
+            keep = False
+        if keep:
+            kept.append(line)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text("".join(kept))
+    unfinished.replace(path)

@@ -1,0 +1,184 @@
+"""Qwen-Image: the 20B transformer, or the same class at any size, as F(x_t, t, r, cond)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from twinflow_train.batch import Condition
+from twinflow_train.errors import UserError
+from twinflow_train.models.base import (
+    Model,
+    RandomWeights,
+    StoredWeights,
+    VelocityNet,
+    freeze_unused,
+)
+from twinflow_train.models.two_times import TwoTimes, pack_times
+
+SECOND_EMBEDDER = {"time_text_embed_2.": "time_text_embed."}
+"""Released weights' name of the second time embedder, and where it starts from."""
+
+
+@dataclass(kw_only=True)
+class QwenImage(Model):
+    """Qwen-Image's transformer; the defaults are the released 20.4B network.
+
+    layers, heads, head_dim: transformer blocks, attention heads, width of a head.
+    text_width: width of the text embeddings (Qwen2.5-VL: 3584).
+    channels: latent channels; patch: side of the square of latents that becomes one token.
+    rope: rotary dimensions for frame, height and width; they sum to head_dim.
+    """
+
+    layers: int = 60
+    heads: int = 24
+    head_dim: int = 128
+    text_width: int = 3584
+    channels: int = 16
+    patch: int = 2
+    rope: list[int] = field(default_factory=lambda: [16, 56, 56])
+
+    def __post_init__(self) -> None:
+        for key in ("layers", "heads", "head_dim", "text_width", "channels", "patch"):
+            value = self.__dict__[key]
+            if value < 1:
+                raise ValueError(f"model.{key} must be at least 1, got {value}")
+        if len(self.rope) != 3 or sum(self.rope) != self.head_dim or any(d % 2 for d in self.rope):
+            raise ValueError(
+                f"model.rope must be three even numbers that sum to model.head_dim = {self.head_dim}, "
+                f"got {list(self.rope)}"
+            )
+
+    def config(self) -> dict[str, object]:
+        """Give the stock class's configuration, as in its config.json."""
+        return {
+            "_class_name": "QwenImageTransformer2DModel",
+            "patch_size": self.patch,
+            "in_channels": self.channels * self.patch**2,
+            "out_channels": self.channels,
+            "num_layers": self.layers,
+            "attention_head_dim": self.head_dim,
+            "num_attention_heads": self.heads,
+            "joint_attention_dim": self.text_width,
+            "axes_dims_rope": list(self.rope),
+        }
+
+    def build(self) -> QwenImageNet:
+        """Build the network on meta, with parameters that no output depends on frozen."""
+        with torch.device("meta"):
+            net = QwenImageNet(self)
+            side = 2 * self.patch
+            x, t = torch.zeros(1, self.channels, side, side), torch.zeros(1)
+            freeze_unused(net, x, t, t, Condition(tokens=torch.zeros(1, 2, self.text_width)))
+        net.rebuild_constants()
+        return net
+
+    def random_weights(self, seed: int) -> RandomWeights:
+        """Draw initial weights as diffusion transformers do: modulations and the output start at zero."""
+        return RandomWeights(seed, _initial, SECOND_EMBEDDER)
+
+    def stored_weights(self, folder: Path) -> StoredWeights:
+        """Open a diffusers folder of this size; UserError if it is missing or of another model."""
+        return StoredWeights(folder, config=self.config(), aliases=SECOND_EMBEDDER)
+
+    def check(self, latent: Sequence[int], text_width: int) -> None:
+        """Refuse latents (C, H, W) or text embeddings that do not fit this network."""
+        channels, height, width = latent
+        if channels != self.channels:
+            raise UserError(f"model.channels is {self.channels}, the data has {channels} channels")
+        if height % self.patch or width % self.patch:
+            raise UserError(
+                f"latents of {height}x{width} do not divide by model.patch = {self.patch}"
+            )
+        if text_width != self.text_width:
+            raise UserError(
+                f"model.text_width is {self.text_width}, the data's text embeddings have {text_width}"
+            )
+
+
+def _initial(name: str, shape: torch.Size) -> tuple[str, float]:
+    """Choose a parameter's initial values by its stored name."""
+    if "_mod." in name or name.startswith(("norm_out.", "proj_out.")):
+        return "constant", 0.0
+    if len(shape) == 1:
+        return "constant", 0.0 if name.endswith("bias") else 1.0
+    if name.startswith("time_text_embed."):
+        return "normal", 0.02
+    return "normal", (2 / (shape[0] + shape[1])) ** 0.5
+
+
+class QwenImageNet(VelocityNet):
+    """The stock transformer behind the project's one convention: dx/dt, float32 times, 1 = noise."""
+
+    def __init__(self, size: QwenImage) -> None:
+        # Heavy, and the owner of the library: imported only where a network is built.
+        from diffusers import QwenImageTransformer2DModel
+
+        super().__init__()
+        config = {key: value for key, value in size.config().items() if not key.startswith("_")}
+        self.stock = QwenImageTransformer2DModel(**config)
+        self.stock.time_text_embed = TwoTimes(self.stock.time_text_embed)
+        self.patch = size.patch
+
+    def forward(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: Float[Tensor, " b"],
+        r: Float[Tensor, " b"],
+        cond: Condition,
+    ) -> Float[Tensor, "b c h w"]:
+        """Predict dx/dt; Qwen-Image's own time runs the same way, so nothing is flipped or scaled."""
+        dtype = self.stock.img_in.weight.dtype
+        height, width = x_t.shape[-2] // self.patch, x_t.shape[-1] // self.patch
+        tokens = self.stock(
+            hidden_states=pack(x_t, self.patch).to(dtype),
+            encoder_hidden_states=cond.tokens.to(dtype),
+            encoder_hidden_states_mask=cond.mask,
+            timestep=pack_times(t, r),
+            img_shapes=[[(1, height, width)]] * len(x_t),
+            return_dict=False,
+        )[0]
+        return unpack(tokens, self.patch, height, width).to(x_t.dtype)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The dual-stream blocks."""
+        return list(self.stock.transformer_blocks)
+
+    def rebuild_constants(self) -> None:
+        """Compute the rotary tables, which are plain attributes and stay on meta otherwise."""
+        rope = self.stock.pos_embed
+        self.stock.pos_embed = type(rope)(rope.theta, axes_dim=rope.axes_dim, scale_rope=True)
+
+    def recompute(self, call: Callable[..., object]) -> None:
+        """Route each block's call in training through `call`, by the stock class's own switch."""
+        self.stock.enable_gradient_checkpointing(partial(call))
+
+    def stored_name(self, name: str) -> str:
+        """Name a parameter as the released TwinFlow-Qwen-Image weights do."""
+        name = name.removeprefix("stock.")
+        name = name.replace("time_text_embed.embed_r.", "time_text_embed_2.")
+        return name.replace("time_text_embed.embed.", "time_text_embed.")
+
+
+def pack(x: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b tokens width"]:
+    """Cut latents into tokens of patch x patch latents, channel-major as Qwen-Image's pipeline."""
+    b, c, h, w = x.shape
+    x = x.reshape(b, c, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // patch) * (w // patch), c * patch * patch)
+
+
+def unpack(
+    tokens: Float[Tensor, "b tokens width"], patch: int, height: int, width: int
+) -> Float[Tensor, "b c h w"]:
+    """Undo `pack` for a picture of height x width tokens."""
+    b, _, size = tokens.shape
+    c = size // patch**2
+    x = tokens.reshape(b, height, width, c, patch, patch).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(b, c, height * patch, width * patch)

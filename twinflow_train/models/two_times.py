@@ -1,0 +1,53 @@
+"""Two times through one stock transformer: its time embedder swapped for a pair of them."""
+
+import copy
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+PARTS = 3
+"""bfloat16 numbers that carry one float32: 3 x 8 significant bits cover its 24."""
+
+
+def pack_times(t: Float[Tensor, " b"], r: Float[Tensor, " b"]) -> Float[Tensor, "b 6"]:
+    """Write (t, r) as six bfloat16 numbers a row, whose sums give both times back exactly.
+
+    Stock transformers cast their `timestep` to the compute type; in bfloat16 0.999 would become
+    1.0. The leading three parts sum to t, the others to r (float64 times are rounded to float32).
+    """
+    parts = []
+    for time in (t, r):
+        rest = time.float()
+        for _ in range(PARTS):
+            part = rest.bfloat16()
+            parts.append(part)
+            rest = rest - part.float()
+    return torch.stack(parts, dim=-1)
+
+
+def unpack_times(times: Float[Tensor, "b 6"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """Recover the float32 times (t, r) that `pack_times` wrote."""
+    t, r = times.float().unflatten(-1, (2, PARTS)).sum(-1).unbind(-1)
+    return t, r
+
+
+class TwoTimes(nn.Module):
+    """embed(unit t) + (t - r) embed_r(unit r), in place of a stock time embedder (TwinFlow, full training).
+
+    It vanishes on the diagonal r = t, so a pretrained velocity field is intact at the start.
+    `unit` is 1 where the stock embedder takes times in [0, 1] and 1000 where it takes [0, 1000].
+    """
+
+    def __init__(self, embed: nn.Module, *, unit: float = 1.0) -> None:
+        super().__init__()
+        self.embed = embed
+        self.embed_r = copy.deepcopy(embed)
+        self.unit = unit
+
+    def forward(self, times: Float[Tensor, "b 6"], *context: object) -> Float[Tensor, "b width"]:
+        """Embed packed times; `context` is what the stock embedder takes after its timestep."""
+        t, r = unpack_times(times)
+        at_t = self.embed(self.unit * t, *context)
+        at_r = self.embed_r(self.unit * r, *context)
+        return at_t + (t - r)[:, None].to(at_r.dtype) * at_r

@@ -1,0 +1,56 @@
+"""What an optimizer step costs, counted by running the objective on networks that only count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twinflow_train.batch import Batch, Condition, Times
+from twinflow_train.objectives.roles import Deal
+from twinflow_train.objectives.twinflow import TwinFlow
+
+
+@dataclass(kw_only=True)
+class Cost:
+    """Sample passes without gradient and network calls, of one rank in one optimizer step.
+
+    fillers: those of the passes that are made only so that all ranks call alike.
+    """
+
+    passes: int = 0
+    fillers: int = 0
+    calls: int = 0
+
+
+class _Counter:
+    """A velocity that is zero and counts the rows asked for in each call."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def __call__(self, x_t: Tensor, t: Times, r: Times, cond: Condition, /) -> Tensor:
+        self.rows.append(len(x_t))
+        return torch.zeros_like(x_t)
+
+
+def cost(objective: TwinFlow, deal: Deal, *, seed: int, step: int = 0) -> Cost:
+    """Count what `deal.rank` does in an optimizer step; the gradient passes count as calls only."""
+    student = _Counter()
+    teacher = student if objective.teacher_decay == 0 else _Counter()
+    weight = {"generate": 1, "guide": 2, "recurse": objective.order, "rectify": 2}
+    needed = 0
+    for micro in range(deal.micro_steps):
+        draws = objective.draw(deal, micro, seed=seed, step=step, latent=(1,))
+        rows = len(draws.t)
+        text = Condition(tokens=torch.zeros(rows, 1, 1))
+        batch = Batch(data=torch.zeros(rows, 1), cond=text, null=text[:1], keys=("",) * rows)
+        objective.loss(student, teacher, batch, draws)
+        table = objective.table(deal.batch, seed=seed, step=step)
+        needed += sum(
+            times * int(table.needs[name][deal.mine(micro)].sum()) for name, times in weight.items()
+        )
+    asked = student.rows + ([] if teacher is student else teacher.rows)
+    passes = sum(asked) - deal.batch // deal.ranks
+    return Cost(passes=passes, fillers=passes - needed, calls=len(asked))

@@ -1,0 +1,375 @@
+"""TwinFlow (arXiv 2512.05150): one network as generator, real score (t > 0) and fake score (t < 0).
+
+The loss of an optimizer step is the sum of `TwinFlow.loss` over micro-steps and ranks: every mean is
+taken over the global batch. Notation as in the paper; F is dx/dt, time 1 is noise.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from twinflow_train.batch import Batch, Condition, Velocity
+from twinflow_train.flow.losses import Distance
+from twinflow_train.flow.path import expand, interpolate, jump, recover
+from twinflow_train.flow.times import beta_quantile, stratify, time_weight
+from twinflow_train.objectives.draws import Draws, Table
+from twinflow_train.objectives.passes import Pass, run
+from twinflow_train.objectives.roles import Deal, Shares
+from twinflow_train.rng import generator
+
+LOCAL_GAP = 0.05
+"""Largest part of t that a `local` row jumps over."""
+
+
+@dataclass(kw_only=True)
+class Loss:
+    """A micro-batch's share of the loss, and of the metrics: sums over micro-steps and ranks are means."""
+
+    total: Float[Tensor, ""]
+    metrics: dict[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class TwinFlow:
+    """The objective of METHOD sections 2 and 3 with every published variant as a setting.
+
+    shares: relative shares of the roles in the global batch.
+    order: N, Euler jumps of the teacher in the recursion's target; 0 is flow matching.
+    random_grid: draw the inner times of those jumps instead of spacing them evenly.
+    delta: the recursion's small step; its noise is amplified by 1 / delta.
+    guidance: rho, strength of the guidance trained into the weights; with an averaged or self
+        teacher the fixed point is guidance 1 / (1 - rho), with a frozen one 1 + rho.
+    guidance_low, guidance_high: guide only strictly between these times.
+    teacher_decay: decay of the averaged teacher; 0: the network itself, 1: the frozen initial
+        network, which then guides only.
+    rectify_weight: weight of L_rectify on the generator rows.
+    consistency_ratio: kappa, largest part of t that a jump covers.
+    time_alpha, time_beta: t ~ Beta(alpha, beta).
+    stratified: draw t stratified over the rows of a role: each t alone keeps its distribution.
+    distance: how far a prediction is from its target; time_weight: weigh rows by their times.
+    separate_means: weigh each role's mean 1:1:1 and give generator rows L_rectify only.
+    image_free: train on the network's own samples instead of data; needs a frozen teacher.
+    null_share: share of the local rows trained on the null prompt, for a base to be guided later.
+    """
+
+    shares: Shares = field(default_factory=Shares)
+    order: int = 2
+    random_grid: bool = False
+    delta: float = 0.01
+    guidance: float = 0.8
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    teacher_decay: float = 0.99
+    rectify_weight: float = 0.5
+    consistency_ratio: float = 1.0
+    time_alpha: float = 1.0
+    time_beta: float = 1.0
+    stratified: bool = True
+    distance: Distance = field(default_factory=Distance)
+    time_weight: bool = True
+    separate_means: bool = False
+    image_free: bool = False
+    null_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        _in("order", self.order, self.order >= 0, "0 or more")
+        _in("delta", self.delta, 0 < self.delta <= 0.5, "in (0, 0.5]")
+        _in("guidance", self.guidance, self.guidance >= 0, "0 or more")
+        _in("teacher_decay", self.teacher_decay, 0 <= self.teacher_decay <= 1, "in [0, 1]")
+        _in("rectify_weight", self.rectify_weight, self.rectify_weight >= 0, "0 or more")
+        _in(
+            "consistency_ratio",
+            self.consistency_ratio,
+            0 <= self.consistency_ratio <= 1,
+            "in [0, 1]",
+        )
+        _in("time_alpha", self.time_alpha, self.time_alpha > 0, "positive")
+        _in("time_beta", self.time_beta, self.time_beta > 0, "positive")
+        _in("null_share", self.null_share, 0 <= self.null_share < 1, "in [0, 1)")
+        _in("guidance_high", self.guidance_high, self.guidance_high <= 1, "at most 1")
+        window = 0 <= self.guidance_low < self.guidance_high
+        _in("guidance_low", self.guidance_low, window, "in [0, objective.guidance_high)")
+        if self.guidance >= 1 and self.teacher_decay < 1:
+            raise ValueError(
+                f"objective.guidance = {self.guidance} diverges unless the teacher is frozen "
+                "(objective.teacher_decay=1): its fixed point is 1 / (1 - guidance); use less than 1"
+            )
+        if self.image_free and self.teacher_decay < 1:
+            raise ValueError(
+                "objective.image_free needs a frozen teacher: set objective.teacher_decay=1"
+            )
+        if self.rectify_weight and not self.shares.generator:
+            raise ValueError(
+                "objective.rectify_weight is positive but objective.shares.generator is 0: "
+                "L_rectify applies to generator rows; set objective.rectify_weight=0"
+            )
+        if self.rectify_weight and not self.shares.fake:
+            warnings.warn(
+                "objective.shares.fake is 0: L_rectify follows a fake branch that nothing trains",
+                stacklevel=2,
+            )
+        if not self.order and any(self.shares.__dict__[role] for role in ("jump", "direct")):
+            raise ValueError(
+                "objective.order = 0 is flow matching: jump and direct rows need 1 or more"
+            )
+
+    def table(self, batch: int, *, seed: int, step: int) -> Table:
+        """Draw roles and times of a whole global batch (METHOD section 2), and what each needs."""
+        counts = self.shares.counts(batch)
+        kappa, ts, rs = self.consistency_ratio, [], []
+        for role, n in counts.items():
+            u, gap = (torch.rand(n, generator=generator(k, seed, step, role)) for k in ("t", "gap"))
+            if self.stratified:
+                u = stratify(u, torch.randperm(n, generator=generator("s", seed, step, role)), n)
+            t = beta_quantile(u, self.time_alpha, self.time_beta)
+            t = torch.ones(n) if role == "generator" else t
+            part = {"local": min(LOCAL_GAP, kappa) * gap, "jump": kappa * gap, "fake": 0 * gap}
+            ts.append(t)
+            rs.append(t - t * part.get(role, torch.ones(n)))
+        t, r = torch.cat(ts), torch.cat(rs)
+        index = torch.arange(batch)
+        fake = index >= batch - counts["fake"]
+        guided = (t > self.guidance_low) & (t < self.guidance_high) & ~fake
+        needs = {
+            "generate": fake | self.image_free,
+            "guide": guided & (self.guidance > 0),
+            "recurse": (t - r >= self.delta) & ~fake & (self.order > 0),
+            "rectify": (index < counts["generator"]) & (self.rectify_weight > 0),
+        }
+        return Table(counts=counts, t=t, r=r, needs=needs)
+
+    def draw(
+        self, deal: Deal, micro: int, *, seed: int, step: int, latent: tuple[int, ...]
+    ) -> Draws:
+        """Draw a micro-batch's randomness on the CPU, a function of (seed, step, sample index).
+
+        `latent` is the shape of one sample, for example (16, 64, 64).
+        """
+        table = self.table(deal.batch, seed=seed, step=step)
+        mine = deal.mine(micro)
+        rows = {name: need[mine].nonzero().flatten() for name, need in table.needs.items()}
+
+        def noise(purpose: str, index: Tensor) -> Tensor:
+            each = [
+                torch.randn(latent, generator=generator(purpose, seed, step, i))
+                for i in index.tolist()
+            ]
+            return torch.stack(each) if each else torch.zeros(0, *latent)
+
+        def uniform(purpose: str, *columns: int) -> Tensor:
+            return torch.rand(deal.batch, *columns, generator=generator(purpose, seed, step))[mine]
+
+        inner = max(1, self.order)
+        even = (torch.arange(1, inner) / inner).expand(len(mine), -1)
+        roles = table.slices(mine)
+        local = torch.zeros(len(mine), dtype=torch.bool)
+        local[roles["local"]] = True
+        return Draws(
+            counts=table.counts,
+            roles=roles,
+            t=table.t[mine],
+            r=table.r[mine],
+            noise=noise("noise", mine),
+            noise_fake=noise("noise-fake", mine[rows["generate"]]),
+            noise_rectify=noise("noise-rectify", mine[rows["rectify"]]),
+            tau=uniform("tau")[rows["rectify"]],
+            grid=uniform("grid", inner - 1).sort().values if self.random_grid else even,
+            unconditional=(uniform("null") < self.null_share) & local,
+            calls=table.calls(deal.everyone(micro)),
+            **rows,
+        )
+
+    def loss(self, student: Velocity, teacher: Velocity, batch: Batch, draws: Draws) -> Loss:
+        """Compute L_base + L_adv + rectify_weight L_rectify of a micro-batch (METHOD section 3).
+
+        Everything from x_t to the residual is float32, float64 for float64 data; no argument is
+        written to. `teacher` may be `student` itself: their passes then share calls.
+        """
+        dtype = torch.promote_types(batch.data.dtype, torch.float32)
+        data, draws = batch.data.to(dtype), draws.to(batch.data.device, dtype)
+        z, t, fake = draws.noise, draws.t, draws.roles["fake"]
+        cond = _conditions(batch, draws)
+        filler = Pass(name="", network=student, x_t=z[:1], t=t[:1], r=t[:1], cond=cond[slice(0, 1)])
+
+        # Data of the fake rows, and guidance.
+        one = torch.ones_like(draws.generate, dtype=dtype)
+        z_fake = draws.noise_fake
+        generate = Pass(
+            name="generate",
+            network=student,
+            x_t=z_fake,
+            t=one,
+            r=0 * one,
+            cond=cond[draws.generate],
+        )
+        if self.image_free:
+            (F,) = run(draws.calls, generate, filler=filler)
+            data = data.index_copy(0, draws.generate, recover(z_fake, F, one)[0])
+            guide = self._guidance_pass(teacher, interpolate(data, z, t), cond, batch.null, draws)
+            (F_guide,) = run(draws.calls, guide, filler=filler)
+        else:
+            guide = self._guidance_pass(teacher, interpolate(data, z, t), cond, batch.null, draws)
+            F, F_guide = run(draws.calls, generate, guide, filler=filler)
+            data = data.index_copy(0, draws.generate, recover(z_fake, F, one)[0])
+        x_t, v = interpolate(data, z, t), z - data
+        v_star = self._enhanced(v, F_guide, draws.guide)
+
+        # The only pass with gradient: real rows at (t, r), fake rows at (-t, -t).
+        sign = torch.ones_like(t)
+        sign[fake] = -1
+        prediction = student(x_t, sign * t, sign * draws.r, cond)
+        F = prediction.detach()
+
+        # Targets.
+        x_hat, _ = recover(x_t, F, t)
+        rectify = _rectification_pass(student, x_hat, cond, draws)
+        jumps = student if self.teacher_decay == 1 else teacher
+        S, F_pair = self._displacement(jumps, rectify, x_t, v_star, cond, draws, filler)
+        residual = self._residual(F, S, v_star, draws)
+        clamped = residual.clamp(-1, 1) if self.order else residual
+        target = F - clamped
+        target[fake] = v[fake]
+        delta_v = -torch.sub(*F_pair.chunk(2))  # rows of the real pass come first
+
+        # Distances.
+        weight = time_weight(t, draws.r) if self.time_weight else torch.ones_like(t)
+        weight[fake] = 1
+        base = weight * self.distance(prediction, target)
+        rectified = self.distance(
+            prediction[draws.rectify], F[draws.rectify] - delta_v.clamp(-1, 1)
+        )
+        total = (base * self._row_weights(draws, base)).sum()
+        total = total + self.rectify_weight * rectified.sum() / max(1, draws.counts["generator"])
+        return Loss(total=total, metrics=_metrics(draws, total, base, rectified, residual, delta_v))
+
+    def _guidance_pass(
+        self, teacher: Velocity, x_t: Tensor, cond: Condition, null: Condition, draws: Draws
+    ) -> Pass:
+        """Ask the teacher on the diagonal, with the condition and with the null prompt."""
+        rows, t = draws.guide, draws.t[draws.guide]
+        twice = torch.cat([t, t])
+        both = Condition.cat([cond[rows], null.expand(len(rows))])
+        return Pass(
+            name="guide",
+            network=teacher,
+            x_t=x_t[rows].repeat(2, *[1] * (x_t.ndim - 1)),
+            t=twice,
+            r=twice,
+            cond=both,
+        )
+
+    def _enhanced(self, v: Tensor, F_guide: Tensor, rows: Tensor) -> Tensor:
+        """Return the target velocity v* with guidance built in."""
+        F_cond, F_null = F_guide.chunk(2)
+        start = F_null if self.image_free else v[rows]
+        return v.index_copy(0, rows, start + self.guidance * (F_cond - F_null))
+
+    def _displacement(
+        self,
+        network: Velocity,
+        rectify: Pass,
+        x_t: Tensor,
+        v_star: Tensor,
+        cond: Condition,
+        draws: Draws,
+        filler: Pass,
+    ) -> tuple[Tensor, Tensor]:
+        """Return S, the teacher's way from t - delta to r in `order` jumps, and the rectification's F.
+
+        Rectification does not depend on the jumps, so it shares the first one's call when it can.
+        """
+        rows = draws.recurse
+        cond_rows, r, t = cond[rows], draws.r[rows], draws.t[rows]
+        later = (t - self.delta).maximum(r)
+        x = x_t[rows] - self.delta * v_star[rows]
+        S = torch.zeros_like(x)
+        F_pair = rectify.x_t
+        fractions = torch.nn.functional.pad(draws.grid[rows], (1, 0))
+        fractions = torch.nn.functional.pad(fractions, (0, 1), value=1.0)
+        for i in range(max(1, self.order)):
+            now, then = (torch.lerp(later, r, fractions[:, k]) for k in (i, i + 1))
+            leap = Pass(name="recurse", network=network, x_t=x, t=now, r=then, cond=cond_rows)
+            F, *pair = run(draws.calls, leap, *([rectify] if i == 0 else []), filler=filler)
+            F_pair = pair[0] if pair else F_pair
+            S = S + expand(now - then, x) * F
+            x = jump(x, F, now, then)
+        return S, F_pair
+
+    def _residual(self, F: Tensor, S: Tensor, v_star: Tensor, draws: Draws) -> Tensor:
+        """Return R: how far F is from obeying the recursion, or from v* where no jump is left."""
+        rows = draws.recurse
+        gap = expand(draws.t[rows] - draws.r[rows], S)
+        recursion = (gap * F[rows] - S) / self.delta - v_star[rows]
+        return (F - v_star).index_copy(0, rows, recursion)
+
+    def _row_weights(self, draws: Draws, like: Tensor) -> Float[Tensor, " b"]:
+        """Return what each row's distance counts, so that sums over the global batch are means."""
+        based = [role for role in draws.counts if role != "fake" and self._carries_base(role)]
+        real = sum(draws.counts[role] for role in based)
+        fake = draws.counts["fake"]
+        weights = torch.zeros_like(like)
+        for role in [*based, "fake"]:
+            mean_over = (fake if role == "fake" else real) if self.separate_means else real + fake
+            weights[draws.roles[role]] = 1 / max(1, mean_over)
+        return weights
+
+    def _carries_base(self, role: str) -> bool:
+        return (
+            role == "local" if not self.order else not (self.separate_means and role == "generator")
+        )
+
+
+def _in(key: str, value: float, good: bool, allowed: str) -> None:
+    if not good:
+        raise ValueError(f"objective.{key} must be {allowed}, got {value}")
+
+
+def _conditions(batch: Batch, draws: Draws) -> Condition:
+    """Return each row's condition, the null prompt for unconditional rows."""
+    rows = len(batch)
+    index = torch.arange(rows, device=draws.unconditional.device)
+    return Condition.cat([batch.cond, batch.null])[torch.where(draws.unconditional, rows, index)]
+
+
+def _rectification_pass(student: Velocity, x_hat: Tensor, cond: Condition, draws: Draws) -> Pass:
+    """Ask the real and the fake velocity at noised one-step samples of the generator rows."""
+    rows, tau = draws.rectify, draws.tau
+    x_tau = interpolate(x_hat[rows], draws.noise_rectify, tau)
+    times = torch.cat([tau, -tau])
+    return Pass(
+        name="rectify",
+        network=student,
+        x_t=torch.cat([x_tau, x_tau]),
+        t=times,
+        r=times,
+        cond=Condition.cat([cond[rows], cond[rows]]),
+    )
+
+
+def _metrics(
+    draws: Draws, total: Tensor, base: Tensor, rectified: Tensor, residual: Tensor, delta_v: Tensor
+) -> dict[str, Tensor]:
+    """Return this micro-batch's share of each metric, normalised by the global batch's counts."""
+    counts = draws.counts
+    real = sum(n for role, n in counts.items() if role != "fake")
+    before_fake = slice(0, draws.roles["fake"].start)
+    share = {
+        "loss/total": total,
+        "loss/base": base[before_fake].sum() / max(1, real),
+        "loss/rectify": rectified.sum() / max(1, counts["generator"]),
+        "residual/clamped": _per_row(residual[before_fake].abs() > 1) / max(1, real),
+        "delta_v/before": _per_row(delta_v.abs()) / max(1, counts["generator"]),
+        "delta_v/after": _per_row(delta_v.clamp(-1, 1).abs()) / max(1, counts["generator"]),
+    }
+    share |= {f"loss/{role}": base[draws.roles[role]].sum() / n for role, n in counts.items() if n}
+    return {name: value.detach() for name, value in share.items()}
+
+
+def _per_row(values: Tensor) -> Tensor:
+    """Sum the rows' means."""
+    return values.float().flatten(1).mean(1).sum() if len(values) else values.sum().float()

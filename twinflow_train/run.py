@@ -1,0 +1,295 @@
+"""A run as configuration: its parts, the options of each group, and how a command line becomes one."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import hydra
+import omegaconf
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+
+from twinflow_train.checkpoint import Checkpoints, Progress, sha256
+from twinflow_train.data.loader import Shards
+from twinflow_train.dist import World
+from twinflow_train.engines.base import Engine, Sharded
+from twinflow_train.engines.fsdp2 import FSDP2
+from twinflow_train.engines.optim import AdamW, Optim
+from twinflow_train.errors import UserError
+from twinflow_train.evals.suite import Digits, Evals, NoEvals
+from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
+from twinflow_train.models.base import Model, Weights
+from twinflow_train.models.qwen_image import QwenImage
+from twinflow_train.objectives import presets
+from twinflow_train.objectives.cost import cost
+from twinflow_train.objectives.roles import Deal
+from twinflow_train.objectives.twinflow import TwinFlow
+
+INTERRUPTED = 75
+"""Exit code of a run that was asked to stop and saved: start it again (EX_TEMPFAIL)."""
+
+
+class Resume(Enum):
+    """auto: from the newest checkpoint if there is one; must: refuse without; never: anew."""
+
+    auto = "auto"
+    must = "must"
+    never = "never"
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One training run.
+
+    name: of the run; folder: where everything it makes goes. seed: of all randomness.
+    steps: optimizer steps; batch: samples of one, over all ranks; micro_batch: samples of one
+    forward and backward on one rank. save_every, eval_every, log_every: in steps, 0 is only at
+    the end (saving, evaluating) or never (logging). keep_last: newest checkpoints to keep. init_from: a diffusers folder or the export of a
+    run to start from; null starts from random weights.
+    """
+
+    name: str = "run"
+    folder: str = "outputs/${name}"
+    seed: int = 0
+    steps: int = MISSING
+    batch: int = MISSING
+    micro_batch: int = MISSING
+    save_every: int = 500
+    keep_last: int = 2
+    eval_every: int = 500
+    log_every: int = 1
+    resume: Resume = Resume.auto
+    init_from: str | None = None
+    model: Model = MISSING
+    objective: TwinFlow = MISSING
+    engine: Engine = MISSING
+    optim: Optim = MISSING
+    data: Shards = MISSING
+    evals: Evals = MISSING
+    tracking: Tracking = MISSING
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch", "micro_batch"):
+            if self.__dict__[key] < 1:
+                raise ValueError(f"{key} must be at least 1, got {self.__dict__[key]}")
+        for key in ("save_every", "eval_every", "log_every"):
+            if self.__dict__[key] < 0:
+                raise ValueError(f"{key} must be 0 or more, got {self.__dict__[key]}")
+        if self.keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1, got {self.keep_last}")
+        if self.batch % self.micro_batch:
+            raise ValueError(
+                f"batch = {self.batch} does not divide by micro_batch = {self.micro_batch}"
+            )
+        self.objective.shares.counts(self.batch)
+
+    def weights(self) -> Weights:
+        """Open the initial weights."""
+        if self.init_from is None:
+            return self.model.random_weights(self.seed)
+        return self.model.stored_weights(Path(self.init_from))
+
+    def deal(self, world: World) -> Deal:
+        """Divide the global batch among the ranks; UserError if it does not divide."""
+        try:
+            return Deal(
+                batch=self.batch, micro_batch=self.micro_batch, ranks=world.size, rank=world.rank
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def shard(self, world: World) -> Sharded:
+        """Build the sharded student and its teacher, if they fit the data."""
+        form = self.data.train().manifest.form
+        self.model.check(form.latent_shape, form.text_width)
+        self.deal(world)
+        decay = self.objective.teacher_decay
+        return self.engine.shard(
+            self.model, self.weights(), optim=self.optim, decay=decay, world=world
+        )
+
+    def checkpoints(
+        self, folder: Path, engine: Sharded, progress: Progress, world: World
+    ) -> Checkpoints:
+        """Open the run's checkpoints."""
+        return Checkpoints(
+            folder=folder / "checkpoints",
+            engine=engine,
+            progress=progress,
+            world=world,
+            identity=self.identity(),
+            keep=self.keep_last,
+        )
+
+    def log(self, folder: Path, progress: Progress, world: World) -> AbstractContextManager[Log]:
+        """Open the run's log where the progress stands."""
+        return open_log(
+            self.tracking,
+            name=self.name,
+            folder=folder,
+            config=self.config(),
+            world=world,
+            step=progress.step,
+            steps=self.steps,
+            every=self.log_every,
+        )
+
+    def banner(self, engine: Sharded, world: World) -> str:
+        """Say once what the run does: its arithmetic, its size and the passes of a step."""
+        deal = self.deal(world)
+        parameters = sum(math.prod(shape) for shape in engine.shapes().values())
+        roles = self.objective.shares.counts(self.batch)
+        spent = cost(self.objective, deal, seed=self.seed)
+        mine = self.batch // world.size
+        return "\n".join(
+            [
+                f"{self.name}: {parameters / 1e6:,.2f}M parameters on {world.size} x {world.device.type}",
+                f"batch {self.batch} = {world.size} ranks x {deal.micro_steps} micro-steps x "
+                f"{self.micro_batch}: "
+                + ", ".join(f"{n} {role}" for role, n in roles.items() if n),
+                f"a step of a rank: {mine} samples forward and backward, {spent.passes} forward only "
+                f"({spent.passes / mine:.2f} each, {spent.fillers} of them fillers) in {spent.calls} "
+                "network calls",
+            ]
+        )
+
+    def config(self) -> dict[str, Any]:
+        """Return the whole configuration as plain values."""
+        return _plain(self)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what defines the run: a checkpoint with another identity is not continued."""
+        config = self.config()
+        keys = ("model", "objective", "seed", "batch", "init_from")
+        contents = sha256(self.data.train().folder / "manifest.json")
+        data = {"window": self.data.window, "contents": contents}
+        return {key: config[key] for key in keys} | {"data": data}
+
+
+GROUPS: Mapping[str, Mapping[str, Any]] = {
+    "model": {"qwen_image": QwenImage()},
+    "objective": {
+        "twinflow": TwinFlow(),
+        "twinflow_paper": presets.twinflow_paper(),
+        "twinflow_lora_order1": presets.twinflow_lora_order1(),
+        "twinflow_image_free": presets.twinflow_image_free(),
+        "rcgm": presets.rcgm(),
+        "rcgm_pure": presets.rcgm_pure(),
+        "flow_matching": presets.flow_matching(),
+    },
+    "engine": {"fsdp2": FSDP2()},
+    "optim": {"adamw": AdamW()},
+    "data": {"shards": Shards()},
+    "evals": {"digits": Digits(), "none": NoEvals()},
+    "tracking": {"wandb": WandB(), "none": NoTracking()},
+}
+"""Every option of every group; its defaults are the instance's values."""
+
+
+def register() -> None:
+    """Tell Hydra the groups."""
+    store = ConfigStore.instance()
+    store.store(name="run", node=Run)
+    for group, options in GROUPS.items():
+        for name, node in options.items():
+            store.store(group=group, name=name, node=node)
+
+
+def launch(entry: Callable[[Run], int]) -> None:
+    """Turn the command line into a Run, hand it to `entry` and exit with its code.
+
+    What the user can mend is printed as one line, with exit code 2.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra shall raise, not print its own report
+    register()
+
+    def app(config: Any) -> None:
+        with _one_line_errors():
+            code = entry(compose(config))
+        if code:
+            sys.exit(code)
+
+    with _one_line_errors():
+        hydra.main(version_base="1.3", config_path=str(_conf()), config_name="train")(app)()
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Print what the user can mend as one line and exit with 2; rank 0 speaks for a bad key."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {_explain(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def compose(config: Any) -> Run:
+    """Make the live Run of a composed configuration; UserError names a value that is refused."""
+    try:
+        run = OmegaConf.to_object(config)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    assert isinstance(run, Run)
+    return run
+
+
+def _conf() -> Path:
+    """Find the configuration: inside an installed package, beside it in a checkout."""
+    here = Path(__file__).parent
+    inside = here / "conf"
+    return inside if inside.is_dir() else here.parent / "conf"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    if is_dataclass(value):
+        named = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {"_type": type(value).__name__, **named}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def _explain(error: Exception) -> str:
+    """Say on one line which key is wrong and what is allowed."""
+    cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
+    if isinstance(cause, omegaconf.errors.ConfigAttributeError | omegaconf.errors.ConfigKeyError):
+        return _unknown_key(cause)
+    if isinstance(cause, omegaconf.errors.MissingMandatoryValue):
+        return f"{cause.full_key} has no value: give {cause.full_key}=..."
+    if isinstance(cause, omegaconf.errors.OmegaConfBaseException):
+        return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+    return " ".join(str(error).split())
+
+
+def _unknown_key(error: omegaconf.errors.OmegaConfBaseException) -> str:
+    key = str(error.full_key)
+    allowed = _allowed(error)
+    name = key.rpartition(".")[2]
+    near = difflib.get_close_matches(name, allowed, n=1)
+    meant = f", did you mean {near[0]!r}?" if near else "."
+    listed = f" Allowed here: {', '.join(allowed)}." if allowed else ""
+    return f"unknown key {key!r}{meant}{listed}"
+
+
+def _allowed(error: omegaconf.errors.OmegaConfBaseException) -> list[str]:
+    """List the keys beside the unknown one."""
+    kind = error.object_type
+    return [f.name for f in fields(kind)] if isinstance(kind, type) and is_dataclass(kind) else []

@@ -1,0 +1,78 @@
+"""The folder of one run: made, locked, and told what made it."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import twinflow_train
+from twinflow_train.dist import World
+from twinflow_train.errors import UserError
+from twinflow_train.metrics import scrub
+
+LIBRARIES = ("torch", "diffusers", "transformers", "deepspeed", "webdataset", "hydra-core", "wandb")
+
+
+@contextmanager
+def run_folder(path: str, world: World) -> Iterator[Path]:
+    """Make a run's folder and keep other jobs out of it until the end. Collective.
+
+    Raises:
+        UserError: it cannot be written, or another job runs in it.
+    """
+    folder = Path(path)
+    problem = ""
+    lock = None
+    if world.main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / ".lock").open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = "another job is running in it; wait for it or choose another name="
+        except OSError as error:
+            problem = f"it cannot be written ({error.strerror}); choose another folder="
+    problem = world.gather_texts(problem)[0]
+    if problem:
+        raise UserError(f"folder {folder}: {problem}")
+    try:
+        yield folder
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def write_manifest(folder: Path, config: Mapping[str, Any], world: World) -> None:
+    """Write down what the run is: its configuration, command, code and library versions."""
+    if not world.main:
+        return
+    manifest = {
+        "config": config,
+        "command": sys.argv,
+        "ranks": world.size,
+        "device": str(world.device),
+        "twinflow_train": twinflow_train.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+    (folder / "manifest.json").write_text(json.dumps(scrub(manifest), indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    """Return the checkout's commit, None outside a checkout."""
+    here = Path(__file__).parent
+    if not (here.parent / ".git").exists():
+        return None
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
+    )
+    return found.stdout.strip() or None
