@@ -118,7 +118,7 @@ class Batch:
     """Rows of one optimizer step's global batch.
 
     data: clean latents in the model's normalisation.
-    cond: what each row is conditioned on; null: the neutral prompt, one row.
+    cond: what each row is conditioned on; null: the neutral prompt, one row for all or one each.
     keys: each row's name in the data set, for messages.
     """
 
@@ -150,4 +150,6 @@ class Velocity(Protocol):
 
     def __call__(
         self, x_t: Float[Tensor, "b *chw"], t: Times, r: Times, cond: Condition, /
-    ) -> Float[Tensor, "b *chw"]: ...
+    ) -> Float[Tensor, "b *chw"]:
+        """Predict the velocity."""
+        ...

@@ -1,9 +1,10 @@
 """Checkpoints of both engines in one format: flat ranges of named tensors in safetensors files.
 
-A checkpoint is a folder `step-XXXXXXXX` with one safetensors file a rank, `index.json` and, written
-last, `COMPLETE`. A tensor `KIND/NAME` (kind: model, average or an optimizer moment; name: as in weight
-files) is cut into flat ranges, each stored under its name in some file; the index lists (file,
-offset, length). So any number of ranks can read what any other number wrote. Nothing is a pickle.
+A checkpoint is a folder `step-XXXXXXXX` with one safetensors file a rank, `index.json` and,
+written last, `COMPLETE`. A tensor `KIND/NAME` (kind: model, average or an optimizer moment; name:
+as in weight files) is cut into flat ranges, each stored under its name in some file; the index
+lists (file, offset, length). So any number of ranks can read what any other number wrote. Nothing
+is a pickle.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Progress:
 
 @dataclass(kw_only=True)
 class Checkpoints:
-    """The checkpoints of one run: writes them whole or not at all, resumes from the newest whole one.
+    """The checkpoints of one run: written whole or not at all, resumed from the newest whole one.
 
     folder: where they stand. identity: what defines the run, as nested plain values; a checkpoint
     of another identity is refused. keep: how many of the newest stay.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,25 +13,10 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from twinflow_train.dist import World
+from twinflow_train.scrub import scrub
 
 log = logging.getLogger(__name__)
 FILE = "metrics.jsonl"
-SECRET = re.compile(
-    r"(?i)(://)[^/@\s]+@|([?&][^=\s&]*(?:key|token|secret|sig|password)[^=]*=)[^&\s]+"
-)
-
-
-def scrub(value: Any) -> Any:
-    """Remove credentials from the URLs in a tree of plain values."""
-    if isinstance(value, str):
-        return SECRET.sub(
-            lambda match: (match[1] or match[2]) + ("***@" if match[1] else "***"), value
-        )
-    if isinstance(value, Mapping):
-        return {key: scrub(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [scrub(inner) for inner in value]
-    return value
 
 
 class Sink:

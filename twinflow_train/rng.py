@@ -1,4 +1,4 @@
-"""Randomness as a pure function of a path: nothing is seeded globally and nothing has to be saved."""
+"""Randomness as a pure function of a path: nothing is seeded globally or has to be saved."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import torch
 
 
 def digest(*path: object) -> int:
-    """Hash a path of plain values (str, int, float, tuples of them) to 64 bits, the same everywhere."""
+    """Hash a path of plain values (str, int, float, tuples) to 64 bits, the same everywhere."""
     return int.from_bytes(hashlib.blake2b(repr(path).encode(), digest_size=8).digest(), "little")
 
 

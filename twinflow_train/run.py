@@ -1,4 +1,4 @@
-"""A run as configuration: its parts, the options of each group, and how a command line becomes one."""
+"""A run as configuration: its parts, the options of each group, and the way from a command."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
 from twinflow_train.models.base import Model, Weights
 from twinflow_train.models.qwen_image import QwenImage
 from twinflow_train.objectives import presets
-from twinflow_train.objectives.cost import cost
+from twinflow_train.planner import cost
 from twinflow_train.objectives.roles import Deal
 from twinflow_train.objectives.twinflow import TwinFlow
 
@@ -54,7 +54,8 @@ class Run:
     name: of the run; folder: where everything it makes goes. seed: of all randomness.
     steps: optimizer steps; batch: samples of one, over all ranks; micro_batch: samples of one
     forward and backward on one rank. save_every, eval_every, log_every: in steps, 0 is only at
-    the end (saving, evaluating) or never (logging). keep_last: newest checkpoints to keep. init_from: a diffusers folder or the export of a
+    the end (saving, evaluating) or never (logging). keep_last: newest checkpoints to keep.
+    init_from: a diffusers folder or the export of a
     run to start from; null starts from random weights.
     """
 
@@ -151,16 +152,15 @@ class Run:
         roles = self.objective.shares.counts(self.batch)
         spent = cost(self.objective, deal, seed=self.seed)
         mine = self.batch // world.size
-        return "\n".join(
-            [
-                f"{self.name}: {parameters / 1e6:,.2f}M parameters on {world.size} x {world.device.type}",
-                f"batch {self.batch} = {world.size} ranks x {deal.micro_steps} micro-steps x "
-                f"{self.micro_batch}: "
-                + ", ".join(f"{n} {role}" for role, n in roles.items() if n),
-                f"a step of a rank: {mine} samples forward and backward, {spent.passes} forward only "
-                f"({spent.passes / mine:.2f} each, {spent.fillers} of them fillers) in {spent.calls} "
-                "network calls",
-            ]
+        shared = ", ".join(f"{n} {role}" for role, n in roles.items() if n)
+        return (
+            f"{self.name}: {parameters / 1e6:,.2f}M parameters on {world.size} x "
+            f"{world.device.type}\n"
+            f"batch {self.batch} = {world.size} ranks x {deal.micro_steps} micro-steps x "
+            f"{self.micro_batch}: {shared}\n"
+            f"a step of a rank: {mine} samples forward and backward, {spent.passes} forward only "
+            f"({spent.passes / mine:.2f} each, {spent.fillers} of them fillers), "
+            f"{spent.calls} network calls"
         )
 
     def config(self) -> dict[str, Any]:
@@ -260,7 +260,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.name
     if is_dataclass(value):
-        named = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        named = {f.name: _plain(vars(value)[f.name]) for f in fields(value)}
         return {"_type": type(value).__name__, **named}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]

@@ -16,7 +16,7 @@ from typing import Any
 import twinflow_train
 from twinflow_train.dist import World
 from twinflow_train.errors import UserError
-from twinflow_train.metrics import scrub
+from twinflow_train.scrub import scrub
 
 LIBRARIES = ("torch", "diffusers", "transformers", "deepspeed", "webdataset", "hydra-core", "wandb")
 

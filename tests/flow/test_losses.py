@@ -4,7 +4,7 @@ import torch
 from tests.flow.tools import normal
 from tests.golden.record import CASES, arrays, tensor
 from twinflow_train.errors import UserError
-from twinflow_train.flow.losses import Distance, l2, Distance
+from twinflow_train.flow.losses import Distance, l2
 
 ONE_STEP = [c for c in CASES["train"] if c["config"]["steps"] == 1 and c["config"]["order"]]
 
@@ -12,12 +12,12 @@ ONE_STEP = [c for c in CASES["train"] if c["config"]["steps"] == 1 and c["config
 @pytest.mark.parametrize("case", ONE_STEP, ids=[case["name"] for case in ONE_STEP])
 def test_equals_the_recorded_distances(case: dict) -> None:
     setting, out = case["config"]["distance"], f"{case['name']}/step0/out/"
-    l2 = setting["type"] == "l2"
-    distance: Distance = l2() if l2 else Distance(alpha=setting["alpha"])
+    plain = setting["type"] == "l2"
+    distance = l2() if plain else Distance(alpha=setting["alpha"])
     fake = torch.from_numpy(arrays()[out + "role"] == "fake").reshape(-1, 1, 1, 1)
     target = torch.where(fake, tensor(out + "velocity"), tensor(out + "recursion_target"))
     # The published l2 takes its differences in float32.
-    rtol = 2e-7 if l2 or case["config"]["dtype"] == "float32" else 1e-14
+    rtol = 2e-7 if plain or case["config"]["dtype"] == "float32" else 1e-14
     found = distance(tensor(out + "prediction"), target)
     torch.testing.assert_close(found, tensor(out + "distance_base"), rtol=rtol, atol=0)
 

@@ -13,9 +13,9 @@ def _ramp(target: float) -> list[float]:
 
 
 def decay_at(target: float, update: int) -> float:
-    """Return the decay used by update number `update` (from 1): d += (1 - d)(target - d) / 2, from 0.
+    """Return the decay of update number `update` (from 1): from 0, d += (1 - d)(target - d) / 2.
 
-    For target .99: .495, .620, .690, ... (METHOD section 3, "Teacher").
+    For target .99: .495, .620, .690, ....
     """
     ramp = _ramp(target)
     while len(ramp) <= update:

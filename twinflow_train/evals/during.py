@@ -51,7 +51,7 @@ def evaluate(
     """
     base = _base(suite, networks["raw"], heldout=heldout, folder=folder, step=step, world=world)
     both = base + suite.evaluate(networks, suite.samplers, heldout, world)
-    losses = {}
+    losses: dict[str, float] = {}
     for model, velocity in networks.items():
         found = heldout_loss(
             velocity, heldout, world, samples=HELDOUT_SAMPLES, batch=HELDOUT_BATCH, seed=0

@@ -23,7 +23,7 @@ def heldout_loss(
     """Return the mean square of F(x_t, t, r) - (noise - data) on the diagonal and on the far jump.
 
     Sample i is held-out row i modulo their number, with a pair of times fixed by i and noise keyed
-    by (seed, i), so the loss depends neither on the ranks nor on `batch`, the rows of one call on one
+    by (seed, i), so the loss depends neither on ranks nor on `batch`, the rows of one call on one
     rank. The jump's loss does not go to 0: even a perfect generator does not know which data the
     noise was paired with. Collective. Names: `heldout/diagonal`, `heldout/jump`; a name that no
     sample was dealt to is left out.

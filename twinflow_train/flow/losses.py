@@ -29,7 +29,7 @@ class Distance:
     def __call__(
         self, pred: Float[Tensor, "b *chw"], target: Float[Tensor, "b *chw"]
     ) -> Float[Tensor, " b"]:
-        """Return sg[(m / (c^2 + 1e-8) / |alpha - 2| + 1)^((alpha - 2) / 2)] m / c, m the mean square.
+        """Return sg[(m / (c^2 + 1e-8) / |alpha - 2| + 1)^((alpha - 2) / 2)] m / c; m: mean square.
 
         Computed in at least float32, whatever the network computes in; float64 stays float64.
         """

@@ -1,4 +1,4 @@
-"""What every model family provides: a velocity network around a stock transformer, and its weights."""
+"""What every model family provides: a network around a stock transformer, and its weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ SHARD_BYTES = 5 * 1024**3
 class VelocityNet(nn.Module, ABC):
     """F(x_t, t, r, cond) over a stock diffusers transformer, held as `stock`."""
 
-    stock: nn.Module
+    stock: Any
 
     @abstractmethod
     def forward(
@@ -63,7 +63,9 @@ class VelocityNet(nn.Module, ABC):
 class Weights(Protocol):
     """Where parameters come from: rows [start, stop) of a named tensor along its first axis."""
 
-    def read(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor: ...
+    def read(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+        """Return the rows, on the CPU."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -84,7 +86,7 @@ class Model(ABC):
 
     @abstractmethod
     def stored_weights(self, folder: Path) -> Weights:
-        """Open the weights of a diffusers folder; UserError if they are missing or of another model."""
+        """Open a diffusers folder; UserError if it is missing or of another model."""
 
     @abstractmethod
     def check(self, latent: Sequence[int], text_width: int) -> None:
@@ -108,9 +110,10 @@ def freeze_unused(net: VelocityNet, *inputs: object) -> list[str]:
 
 
 class RandomWeights:
-    """Initial values by rule: `scale(name, shape)` gives a normal's standard deviation, or a constant.
+    """Random initial values, each a function of (seed, name).
 
-    A rule returns ("normal", std) or ("constant", value). Aliases share another name's values.
+    rule(name, shape) returns ("normal", std) or ("constant", value). Aliases share another name's
+    values.
     """
 
     def __init__(
@@ -134,7 +137,7 @@ class RandomWeights:
 
 
 class StoredWeights:
-    """Safetensors of a diffusers folder (`transformer/` inside it, or the folder itself), read by slices.
+    """Safetensors of a diffusers folder (its `transformer/`, or the folder itself), read by slices.
 
     Names missing in the files are looked up under their alias: a pretrained base has no second
     time embedder and starts with a copy of its first.
@@ -162,7 +165,8 @@ class StoredWeights:
                     f"init_from: {name} in {self.folder} has shape {tuple(stored.get_shape())}, "
                     f"the model wants {tuple(shape)}; choose the matching model="
                 )
-            return stored[start:stop] if len(shape) else file.get_tensor(name)
+            rows: Tensor = stored[start:stop] if len(shape) else file.get_tensor(name)
+            return rows
 
 
 def _aliased(name: str, aliases: dict[str, str]) -> str:
@@ -183,7 +187,8 @@ def _check_config(folder: Path, config: dict[str, object]) -> None:
         there = stored.get(key, value)
         if json.dumps(there) != json.dumps(value):
             raise UserError(
-                f"init_from: {folder} is another model: its {key} is {there}, the configuration's is {value}"
+                f"init_from: {folder} is another model: its {key} is {there}, "
+                f"the configuration's is {value}"
             )
 
 

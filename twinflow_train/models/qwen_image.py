@@ -51,8 +51,8 @@ class QwenImage(Model):
                 raise ValueError(f"model.{key} must be at least 1, got {value}")
         if len(self.rope) != 3 or sum(self.rope) != self.head_dim or any(d % 2 for d in self.rope):
             raise ValueError(
-                f"model.rope must be three even numbers that sum to model.head_dim = {self.head_dim}, "
-                f"got {list(self.rope)}"
+                f"model.rope must be three even numbers that sum to "
+                f"model.head_dim = {self.head_dim}, got {list(self.rope)}"
             )
 
     def config(self) -> dict[str, object]:
@@ -80,7 +80,7 @@ class QwenImage(Model):
         return net
 
     def random_weights(self, seed: int) -> RandomWeights:
-        """Draw initial weights as diffusion transformers do: modulations and the output start at zero."""
+        """Draw initial weights as diffusion transformers do: modulations and output are zero."""
         return RandomWeights(seed, _initial, SECOND_EMBEDDER)
 
     def stored_weights(self, folder: Path) -> StoredWeights:
@@ -98,7 +98,7 @@ class QwenImage(Model):
             )
         if text_width != self.text_width:
             raise UserError(
-                f"model.text_width is {self.text_width}, the data's text embeddings have {text_width}"
+                f"model.text_width is {self.text_width}, the data's text has width {text_width}"
             )
 
 
@@ -114,7 +114,7 @@ def _initial(name: str, shape: torch.Size) -> tuple[str, float]:
 
 
 class QwenImageNet(VelocityNet):
-    """The stock transformer behind the project's one convention: dx/dt, float32 times, 1 = noise."""
+    """The stock transformer behind our one convention: dx/dt, float32 times, 1 = noise."""
 
     def __init__(self, size: QwenImage) -> None:
         # Heavy, and the owner of the library: imported only where a network is built.
@@ -133,7 +133,7 @@ class QwenImageNet(VelocityNet):
         r: Float[Tensor, " b"],
         cond: Condition,
     ) -> Float[Tensor, "b c h w"]:
-        """Predict dx/dt; Qwen-Image's own time runs the same way, so nothing is flipped or scaled."""
+        """Predict dx/dt; Qwen-Image's own time runs the same way: nothing is flipped or scaled."""
         dtype = self.stock.img_in.weight.dtype
         height, width = x_t.shape[-2] // self.patch, x_t.shape[-1] // self.patch
         tokens = self.stock(

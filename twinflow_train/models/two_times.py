@@ -33,7 +33,7 @@ def unpack_times(times: Float[Tensor, "b 6"]) -> tuple[Float[Tensor, " b"], Floa
 
 
 class TwoTimes(nn.Module):
-    """embed(unit t) + (t - r) embed_r(unit r), in place of a stock time embedder (TwinFlow, full training).
+    """embed(unit t) + (t - r) embed_r(unit r), in place of a stock time embedder.
 
     It vanishes on the diagonal r = t, so a pretrained velocity field is intact at the start.
     `unit` is 1 where the stock embedder takes times in [0, 1] and 1000 where it takes [0, 1000].
@@ -50,4 +50,5 @@ class TwoTimes(nn.Module):
         t, r = unpack_times(times)
         at_t = self.embed(self.unit * t, *context)
         at_r = self.embed_r(self.unit * r, *context)
-        return at_t + (t - r)[:, None].to(at_r.dtype) * at_r
+        embedding: Tensor = at_t + (t - r)[:, None].to(at_r.dtype) * at_r
+        return embedding

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -41,7 +42,7 @@ class Draws:
     counts: rows of each role in the global batch; roles: this micro-batch's rows of each role.
     t, r: times before the fake rows' sign. noise: z of x_t. noise_fake: z' of generated data, a row
     for each of `generate`. noise_rectify, tau: z'' and the time of rectification, a row for each
-    of `rectify`. grid: where the recursion's inner jumps end, as fractions of the way, (b, order - 1).
+    of `rectify`. grid: where the recursion's inner jumps end, as fractions of the way.
     unconditional: rows whose condition is replaced by the null prompt.
     generate, guide, recurse, rectify: rows that need the pass; calls: passes that any rank needs.
     """
@@ -64,9 +65,9 @@ class Draws:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Draws:
         """Move every tensor to `device`, real numbers to `dtype` if given."""
-        moved = {
-            name: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
-            for name, value in self.__dict__.items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
+        moved = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                kind = dtype if value.is_floating_point() else None
+                setattr(moved, name, value.to(device, kind, non_blocking=True))
+        return moved

@@ -1,4 +1,4 @@
-"""Passes without gradient: those that can share a network call share it, and every rank calls alike."""
+"""Passes without gradient: those that can share a call do, and every rank calls alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who does what in an optimizer step: exact shares of the global batch, dealt evenly to the ranks."""
+"""Who does what in an optimizer step: exact shares of its batch, dealt evenly to the ranks."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Shares:
         for role, share in self.items():
             if share and not counts[role]:
                 raise ValueError(
-                    f"objective.shares.{role} = {share} of {total} gets no sample of batch = {batch}: "
-                    "raise batch or set the share to 0"
+                    f"objective.shares.{role} = {share} of {total} gets no sample of "
+                    f"batch = {batch}: raise batch or set the share to 0"
                 )
         return counts
 

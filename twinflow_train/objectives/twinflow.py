@@ -1,7 +1,7 @@
 """TwinFlow (arXiv 2512.05150): one network as generator, real score (t > 0) and fake score (t < 0).
 
-The loss of an optimizer step is the sum of `TwinFlow.loss` over micro-steps and ranks: every mean is
-taken over the global batch. Notation as in the paper; F is dx/dt, time 1 is noise.
+The loss of an optimizer step is the sum of `TwinFlow.loss` over micro-steps and ranks: every mean
+is taken over the global batch. Notation as in the paper; F is dx/dt, time 1 is noise.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOCAL_GAP = 0.05
 
 @dataclass(kw_only=True)
 class Loss:
-    """A micro-batch's share of the loss, and of the metrics: sums over micro-steps and ranks are means."""
+    """A micro-batch's share of loss and metrics: sums over micro-steps and ranks are means."""
 
     total: Float[Tensor, ""]
     metrics: dict[str, Tensor]
@@ -97,7 +97,7 @@ class TwinFlow:
         if self.guidance >= 1 and self.teacher_decay < 1:
             raise ValueError(
                 f"objective.guidance = {self.guidance} diverges unless the teacher is frozen "
-                "(objective.teacher_decay=1): its fixed point is 1 / (1 - guidance); use less than 1"
+                "(objective.teacher_decay=1): its fixed point is 1 / (1 - guidance)"
             )
         if self.image_free and self.teacher_decay < 1:
             raise ValueError(
@@ -253,7 +253,7 @@ class TwinFlow:
         """Ask the teacher on the diagonal, with the condition and with the null prompt."""
         rows, t = draws.guide, draws.t[draws.guide]
         twice = torch.cat([t, t])
-        both = Condition.cat([cond[rows], null.expand(len(rows))])
+        both = Condition.cat([cond[rows], _nulls(null, rows)])
         return Pass(
             name="guide",
             network=teacher,
@@ -279,7 +279,7 @@ class TwinFlow:
         draws: Draws,
         filler: Pass,
     ) -> tuple[Tensor, Tensor]:
-        """Return S, the teacher's way from t - delta to r in `order` jumps, and the rectification's F.
+        """Return S, the teacher's way from t - delta to r in N jumps, and the rectification's F.
 
         Rectification does not depend on the jumps, so it shares the first one's call when it can.
         """
@@ -329,11 +329,16 @@ def _in(key: str, value: float, good: bool, allowed: str) -> None:
         raise ValueError(f"objective.{key} must be {allowed}, got {value}")
 
 
+def _nulls(null: Condition, rows: Tensor) -> Condition:
+    """Return the null condition of some rows: each its own, or the one that all share."""
+    return null.expand(len(rows)) if len(null) == 1 else null[rows]
+
+
 def _conditions(batch: Batch, draws: Draws) -> Condition:
     """Return each row's condition, the null prompt for unconditional rows."""
-    rows = len(batch)
-    index = torch.arange(rows, device=draws.unconditional.device)
-    return Condition.cat([batch.cond, batch.null])[torch.where(draws.unconditional, rows, index)]
+    index = torch.arange(len(batch), device=draws.unconditional.device)
+    null = len(batch) + (index if len(batch.null) > 1 else 0 * index)
+    return Condition.cat([batch.cond, batch.null])[torch.where(draws.unconditional, null, index)]
 
 
 def _rectification_pass(student: Velocity, x_hat: Tensor, cond: Condition, draws: Draws) -> Pass:
