@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -29,10 +29,13 @@ class FSDP2(Engine):
 
     precision: type in which the networks compute.
     recompute: recompute every n-th block's activations in the backward pass; 0 keeps all.
+    reshard: free gathered weights after each forward pass; without it both networks stay gathered
+        from their first pass to the end of the step: fewer gathers, more memory.
     """
 
     precision: Precision = Precision.bf16
     recompute: int = 1
+    reshard: bool = True
 
     def __post_init__(self) -> None:
         if self.recompute < 0:
@@ -52,9 +55,11 @@ class FSDP2(Engine):
             if self.recompute:
                 net.recompute(recompute_every(self.recompute, len(net.blocks)))
             for block in net.blocks:
-                fully_shard(block, mesh=mesh, mp_policy=policy)
+                fully_shard(
+                    block, mesh=mesh, mp_policy=policy, reshard_after_forward=self.reshard
+                )
             # Without the explicit flag a root that only runs forward stays gathered.
-            fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=self.reshard)
             net.to_empty(device=world.device)
             fill(net, weights)
             return net
@@ -78,6 +83,10 @@ class ShardedFSDP2:
     ) -> None:
         self._net, self._second = student, second
         self._optim, self._decay, self._world = optim, decay, world
+        # The sharded parameters, held here: while gathered, a module shows others in their place.
+        self._shards = {"model": _sharded(student)}
+        if second is not None:
+            self._shards["average"] = _sharded(second)
         self._trained = [p for p in student.parameters() if p.requires_grad]
         self._optimizer = optim.build(self._trained)
         begin_state(self._optimizer)
@@ -88,8 +97,7 @@ class ShardedFSDP2:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Give the shape of each of the student's parameters, by its name in weight files."""
-        net = self._net
-        return {net.stored_name(name): tuple(p.shape) for name, p in net.named_parameters()}
+        return {name: tuple(p.shape) for name, p in self._shards["model"].items()}
 
     def networks(self) -> dict[str, Velocity]:
         """Name the networks to evaluate: "raw" and, where there is an average, "ema"."""
@@ -115,15 +123,16 @@ class ShardedFSDP2:
         self.updates += 1
         if self._second is not None and self._decay < 1:
             decay = decay_at(self._decay, self.updates)
-            follow(_locals(self._second), _locals(self._net), decay)
+            follow(self._locals("average"), self._locals("model"), decay)
+            reshard(self._second)
+        reshard(self._net)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def spans(self) -> Iterator[Span]:
         """Yield this rank's part of every parameter, average and moment as live flat views."""
-        yield from _spans("model", self._net)
-        if self._second is not None:
-            yield from _spans("average", self._second)
-        names = {id(p): self._net.stored_name(name) for name, p in self._net.named_parameters()}
+        for kind, shards in self._shards.items():
+            yield from (_span(kind, name, shard.detach()) for name, shard in shards.items())
+        names = {id(p): name for name, p in self._shards["model"].items()}
         for parameter, state in self._optimizer.state.items():
             for kind in MOMENTS:
                 yield _span(kind, names[id(parameter)], state[kind])
@@ -135,12 +144,13 @@ class ShardedFSDP2:
 
     def whole(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, whole tensor on the CPU) of "model" or "average" on rank 0; collective."""
-        net = self._second if kind == "average" else self._net
-        assert net is not None, "there is no averaged network"
-        for name, parameter in net.named_parameters():
-            tensor = _dtensor(parameter).full_tensor().detach()
+        for name, parameter in self._shards[kind].items():
+            tensor = parameter.full_tensor().detach()
             if self._world.main:
-                yield net.stored_name(name), tensor.cpu()
+                yield name, tensor.cpu()
+
+    def _locals(self, kind: str) -> list[Tensor]:
+        return [_dtensor(shard.detach()).to_local() for shard in self._shards[kind].values()]
 
 
 def recompute_every(n: int, blocks: int) -> Callable[..., object]:
@@ -155,20 +165,21 @@ def recompute_every(n: int, blocks: int) -> Callable[..., object]:
     return call
 
 
+def reshard(net: nn.Module) -> None:
+    """Free what is still gathered: it is out of date once the shards have changed."""
+    for module in net.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def fill(net: VelocityNet, weights: Weights) -> None:
     """Load each parameter's own rows from `weights`; no rank holds more than one whole tensor."""
-    for name, parameter in net.named_parameters():
-        shard = _dtensor(parameter)
+    for name, shard in _sharded(net).items():
         local = shard.to_local()
         start = _first_row(shard)
-        rows = weights.read(net.stored_name(name), shard.shape, start, start + len(local))
+        rows = weights.read(name, shard.shape, start, start + len(local))
         with torch.no_grad():
             local.copy_(rows)
-
-
-def _spans(kind: str, net: VelocityNet) -> Iterator[Span]:
-    for name, parameter in net.named_parameters():
-        yield _span(kind, net.stored_name(name), _dtensor(parameter.detach()))
 
 
 def _span(kind: str, name: str, tensor: Tensor) -> Span:
@@ -191,8 +202,9 @@ def _first_row(shard: DTensor) -> int:
     return min(chunk * mesh.get_local_rank(), shard.shape[0])
 
 
-def _locals(net: nn.Module) -> list[Tensor]:
-    return [_dtensor(p.detach()).to_local() for p in net.parameters()]
+def _sharded(net: VelocityNet) -> dict[str, DTensor]:
+    """Name a network's sharded parameters as weight files do."""
+    return {net.stored_name(name): _dtensor(p) for name, p in net.named_parameters()}
 
 
 def _dtensor(tensor: Tensor) -> DTensor:

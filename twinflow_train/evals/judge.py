@@ -75,9 +75,9 @@ class Judge(nn.Module):
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             judge.load_state_dict(state, assign=True)
             judge.accuracy, judge.frechet = said["accuracy"], said["frechet"]
-        except (SafetensorError, RuntimeError, KeyError) as error:
+        except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
             raise UserError(
-                f"evals.judge: {path} is not a judge of digits; build it anew with: {BUILD}"
+                f"evals.judge: {path} is not a judge of digits; remove it and run: {BUILD}"
             ) from error
         return judge.eval().requires_grad_(False)
 

@@ -193,7 +193,7 @@ class TwinFlow:
         dtype = torch.promote_types(batch.data.dtype, torch.float32)
         data, draws = batch.data.to(dtype), draws.to(batch.data.device, dtype)
         z, t, fake = draws.noise, draws.t, draws.roles["fake"]
-        cond = _conditions(batch, draws)
+        cond = _conditions(batch, draws) if self.null_share else batch.cond
         filler = Pass(name="", network=student, x_t=z[:1], t=t[:1], r=t[:1], cond=cond[slice(0, 1)])
 
         # Data of the fake rows, and guidance.

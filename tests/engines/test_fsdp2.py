@@ -1,0 +1,320 @@
+"""FSDP2 is arithmetic-neutral: ranks, micro-batches and recomputation change no result.
+
+Each number of processes runs everything once; the tests look at what came out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tests.engines.tools import (
+    OPTIM,
+    SIZE,
+    Outcome,
+    State,
+    Trial,
+    apart,
+    objective,
+    run,
+    run_plainly,
+    weights,
+    whole,
+)
+from tests.helpers import spawn
+from twinflow_train.dist import World
+from twinflow_train.engines.base import Precision
+from twinflow_train.engines.fsdp2 import FSDP2
+from twinflow_train.engines.optim import AdamW
+
+TRIALS = {1: [(8, 0), (2, 1), (8, 2)], 2: [(4, 0), (2, 1)], 4: [(1, 2), (2, 0)]}
+"""For each number of ranks: (micro-batch, every which block is recomputed)."""
+
+LAYOUTS = [(ranks, *trial) for ranks, trials in TRIALS.items() for trial in trials]
+
+NEAR = {"loss": 1e-6, "norm": 1e-6, "model": 1e-6, "average": 1e-6}
+"""Losses and norms relative, weights absolute: float32 sums in another order."""
+
+
+@dataclass(kw_only=True)
+class Found:
+    """What one rank of one number of processes found out."""
+
+    outcomes: dict[tuple[int, int], Outcome]
+    clips: dict[str, Any]
+    teachers: dict[str, Any]
+    begun: dict[str, Any]
+    counts: dict[int, int] = field(default_factory=dict)
+    half: Outcome | None = None
+
+
+def everything(world: World) -> Found:
+    found = Found(
+        outcomes={
+            (micro, every): run(Trial.of(micro, recompute=every), world)
+            for micro, every in TRIALS[world.size]
+        },
+        clips={name: clipped(world, clip) for name, clip in CLIPS.items()},
+        teachers=teachers(world),
+        begun=begun(world),
+    )
+    if world.size == 1:
+        found.counts = {every: block_calls(world, every) for every in (0, 1, 2)}
+    if world.size == 2:
+        found.half = run(Trial.of(4, recompute=1, precision=Precision.bf16), world)
+    return found
+
+
+CLIPS = {"never": 0.0, "not reached": 1e6, "reached": 0.25}
+
+
+def clipped(world: World, clip: float) -> dict[str, Any]:
+    """Take one step from known gradients and hand out both, so that others can redo it."""
+    optim = AdamW(lr=1e-2, clip=clip, betas=[0.0, 0.0], eps=1.0)
+    trial = Trial.of(1, optim=optim)
+    engine = trial.shard(world)
+    before = whole(engine, "model")
+    trial.backward(engine, 0, world)
+    gradients = {
+        engine.student.stored_name(name): _full(p.grad)
+        for name, p in engine.student.named_parameters()
+        if p.grad is not None
+    }
+    norm = engine.step(optim.lr)
+    cleared = all(p.grad is None for p in engine.student.parameters())
+    return {
+        "before": before,
+        "gradients": gradients,
+        "norm": float(norm),
+        "plain tensor": not isinstance(norm, DTensor),
+        "cleared": cleared,
+        "after": whole(engine, "model"),
+    }
+
+
+def teachers(world: World) -> dict[str, Any]:
+    """Train with the student as its own teacher, and with a frozen one."""
+    own = Trial.of(1, objective=objective(teacher_decay=0.0))
+    engine = own.shard(world)
+    loss = own.learn(engine, 0, world)[0]
+    kinds = {span.kind for span in engine.spans()}
+    found: dict[str, Any] = {
+        "self": engine.teacher is engine.student,
+        "self average": engine.average,
+        "self kinds": kinds,
+        "self names": set(engine.networks()),
+        "self loss": loss,
+    }
+    kept = Trial.of(1, objective=objective(teacher_decay=1.0))
+    engine = kept.shard(world)
+    start = whole(engine, "average")
+    for step in range(2):
+        kept.learn(engine, step, world)
+    return found | {
+        "kept moved": apart(whole(engine, "average"), start),
+        "student moved": apart(whole(engine, "model"), start),
+        "kept average": engine.average,
+        "kept names": set(engine.networks()),
+        "kept is student": engine.teacher is engine.student,
+    }
+
+
+def begun(world: World) -> dict[str, Any]:
+    """Look at an engine before its first step."""
+    engine = Trial.of(1).shard(world)
+    return {
+        "model": whole(engine, "model"),
+        "average": whole(engine, "average"),
+        "shapes": engine.shapes(),
+        "held": sum(span.local.numel() for span in engine.spans() if span.kind == "model"),
+        "spans": [
+            (span.kind, span.name, span.shape, span.offset, span.local.numel())
+            for span in engine.spans()
+        ],
+        "moments": sum(
+            int(span.local.count_nonzero())
+            for span in engine.spans()
+            if span.kind not in ("model", "average")
+        ),
+        "frozen": {
+            engine.student.stored_name(name)
+            for name, p in engine.student.named_parameters()
+            if not p.requires_grad
+        },
+    }
+
+
+def block_calls(world: World, every: int) -> int:
+    """Count forwards of the student's blocks in one training pass, those anew included."""
+    trial = Trial.of(8, recompute=every)
+    engine = trial.shard(world)
+    calls = []
+    for block in engine.student.blocks:
+        block.attn.register_forward_hook(lambda *_: calls.append(1))
+    trial.backward(engine, 0, world)
+    return len(calls)
+
+
+def _full(gradient: Tensor) -> Tensor:
+    assert isinstance(gradient, DTensor)
+    return gradient.full_tensor().clone()
+
+
+@cache
+def results(ranks: int) -> list[Found]:
+    found: list[Found] = spawn(everything, ranks)
+    return found
+
+
+@cache
+def plain() -> Outcome:
+    return run_plainly(Trial.of(8))
+
+
+def near(one: Outcome, other: Outcome) -> dict[str, float]:
+    """Return what is further apart than it may be."""
+    return {key: far for key, far in one.worst(other).items() if far > NEAR[key]}
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch", "recompute"), LAYOUTS)
+def test_every_layout_gives_the_results_of_one_plain_process(
+    ranks: int, micro_batch: int, recompute: int
+) -> None:
+    assert near(results(ranks)[0].outcomes[micro_batch, recompute], plain()) == {}
+
+
+@pytest.mark.parametrize("ranks", list(TRIALS))
+def test_layouts_agree_with_one_another(ranks: int) -> None:
+    one = results(1)[0].outcomes[8, 0]
+    for outcome in results(ranks)[0].outcomes.values():
+        assert near(outcome, one) == {}
+
+
+def test_the_run_that_is_compared_learns_and_clips() -> None:
+    norms, losses = plain().norms, plain().losses
+    assert len(losses) == 6
+    assert max(norms) > OPTIM.clip, "no step is clipped: the comparison would not see it"
+    started = {name: tensor for name, tensor in results(1)[0].begun["model"].items()}
+    assert apart(plain().model, started) > 1e-3
+    assert apart(plain().model, plain().average) > 1e-4
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_rank_sees_the_global_loss_and_norm(ranks: int) -> None:
+    first, *others = (found.outcomes for found in results(ranks))
+    for other in others:
+        for key, outcome in other.items():
+            assert outcome.losses == first[key].losses
+            assert outcome.norms == first[key].norms
+
+
+@pytest.mark.parametrize("ranks", list(TRIALS))
+@pytest.mark.parametrize("clip", list(CLIPS))
+def test_clipping_uses_the_true_global_norm(ranks: int, clip: str) -> None:
+    found = results(ranks)[0].clips[clip]
+    parameters: dict[str, nn.Parameter] = {}
+    for name, gradient in found["gradients"].items():
+        parameters[name] = nn.Parameter(found["before"][name].clone())
+        parameters[name].grad = gradient
+    limit = CLIPS[clip]
+    norm = nn.utils.clip_grad_norm_(parameters.values(), limit or float("inf"))
+    assert found["norm"] == pytest.approx(float(norm), rel=1e-6)
+    assert float(norm) > 0.3  # so that .25 is reached
+    torch.optim.AdamW(
+        parameters.values(), lr=1e-2, betas=(0, 0), eps=1.0, weight_decay=0
+    ).step()
+    after = {name: found["after"][name] for name in parameters}
+    assert apart(after, {n: p.detach() for n, p in parameters.items()}) < 1e-7
+    assert found["plain tensor"]
+    assert found["cleared"]
+
+
+@pytest.mark.parametrize("ranks", list(TRIALS))
+def test_a_teacher_of_decay_0_is_the_student(ranks: int) -> None:
+    for found in results(ranks):
+        assert found.teachers["self"]
+        assert found.teachers["self average"] is None
+        assert found.teachers["self names"] == {"raw"}
+        assert found.teachers["self kinds"] == {"model", "exp_avg", "exp_avg_sq"}
+        assert found.teachers["self loss"] > 0
+
+
+@pytest.mark.parametrize("ranks", list(TRIALS))
+def test_a_teacher_of_decay_1_stays_as_it_was(ranks: int) -> None:
+    main = results(ranks)[0].teachers
+    assert main["kept moved"] == 0
+    assert main["student moved"] > 1e-3
+    assert main["kept average"] is None
+    assert main["kept names"] == {"raw"}
+    assert not main["kept is student"]
+
+
+@pytest.mark.parametrize("ranks", list(TRIALS))
+def test_a_start_is_the_given_weights_twice(ranks: int) -> None:
+    begun, net, values = results(ranks)[0].begun, SIZE.build(), weights()
+    want: State = {
+        net.stored_name(name): values.read(net.stored_name(name), p.shape, 0, len(p))
+        for name, p in net.named_parameters()
+    }
+    assert apart(begun["model"], want) == 0
+    assert apart(begun["average"], want) == 0
+    assert begun["shapes"] == {name: tuple(tensor.shape) for name, tensor in want.items()}
+    for found in results(ranks):
+        assert found.begun["moments"] == 0
+
+
+@pytest.mark.parametrize("ranks", list(TRIALS))
+def test_the_ranks_spans_cover_every_number_once(ranks: int) -> None:
+    pieces: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+    for found in results(ranks):
+        for kind, name, shape, offset, length in found.begun["spans"]:
+            pieces.setdefault((kind, name), []).append((offset, length))
+            shapes[kind, name] = shape
+    for key, parts in pieces.items():
+        end = 0
+        for offset, length in sorted(parts):
+            assert offset == end or not length, key
+            end = max(end, offset + length)
+        assert end == torch.Size(shapes[key]).numel(), key
+    named = set(results(ranks)[0].begun["shapes"])
+    trained = named - results(ranks)[0].begun["frozen"]
+    for kind, names in {"model": named, "average": named, "exp_avg": trained}.items():
+        assert {name for k, name in pieces if k == kind} == names
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_no_rank_holds_much_more_than_its_part(ranks: int) -> None:
+    total = results(1)[0].begun["held"]
+    held = [found.begun["held"] for found in results(ranks)]
+    assert sum(held) == total
+    assert max(held) < 1.4 * total / ranks
+
+
+def test_the_blocks_are_recomputed_that_should_be() -> None:
+    plain_calls, every_call, second = (results(1)[0].counts[every] for every in (0, 1, 2))
+    assert every_call - plain_calls == SIZE.layers
+    assert second - plain_calls == SIZE.layers // 2
+
+
+def test_bfloat16_stays_within_its_tolerance_of_float32() -> None:
+    half = results(2)[0].half
+    assert half is not None
+    assert {tensor.dtype for tensor in (half.model | half.average).values()} == {torch.float32}
+    far = half.worst(plain())
+    assert far["loss"] < 0.03
+    assert far["norm"] < 0.1
+    assert far["model"] < 4 * OPTIM.lr
+    # It is not float32 under another name.
+    assert far["loss"] > 1e-5
+
+
+def test_a_negative_recompute_is_refused_by_key() -> None:
+    with pytest.raises(ValueError, match="engine.recompute must be 0 or more, got -1"):
+        FSDP2(recompute=-1)
