@@ -188,7 +188,7 @@ def _refuse_other(path: Path, stored: Mapping[str, Any], ours: Mapping[str, Any]
         named = ", ".join(f"{k} ({there.get(k)} -> {here.get(k)})" for k in changed[:10])
         raise UserError(
             f"{path} belongs to another run; changed: {named}. "
-            "Choose another name= or folder=, undo the change, or set resume=never"
+            "Choose another name=, undo the change, or begin anew with resume=never"
         )
 
 

@@ -21,7 +21,7 @@ from twinflow_train.models.base import save_folder
 from twinflow_train.objectives.draws import Draws
 from twinflow_train.reporting.summary import conclude
 from twinflow_train.run import INTERRUPTED, Resume, Run
-from twinflow_train.runfolder import run_folder, write_manifest
+from twinflow_train.runfolder import run_folder, set_aside, write_manifest
 
 Prepared = list[tuple[Batch, Draws]]
 """One optimizer step of one rank: its micro-batches and their randomness."""
@@ -40,7 +40,9 @@ def train(run: Run) -> int:
         engine = run.shard(world)
         progress = Progress()
         saves = run.checkpoints(folder, engine, progress, world)
-        if run.resume is not Resume.never:
+        if run.resume is Resume.never:
+            set_aside(folder, world)
+        else:
             saves.resume(must=run.resume is Resume.must)
         write_manifest(folder, run.config(), world)
         log = stack.enter_context(run.log(folder, progress, world))

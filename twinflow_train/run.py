@@ -31,16 +31,20 @@ from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
 from twinflow_train.models.base import Model, Weights
 from twinflow_train.models.qwen_image import QwenImage
 from twinflow_train.objectives import presets
-from twinflow_train.planner import cost
 from twinflow_train.objectives.roles import Deal
 from twinflow_train.objectives.twinflow import TwinFlow
+from twinflow_train.planner import cost
+from twinflow_train.scrub import scrub
 
 INTERRUPTED = 75
 """Exit code of a run that was asked to stop and saved: start it again (EX_TEMPFAIL)."""
 
 
 class Resume(Enum):
-    """auto: from the newest checkpoint if there is one; must: refuse without; never: anew."""
+    """auto: from the newest checkpoint if there is one; must: refuse without; never: begin anew.
+
+    With never, what an earlier run left in the folder moves to before-N/ inside it.
+    """
 
     auto = "auto"
     must = "must"
@@ -229,11 +233,11 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {scrub(str(error))}", file=sys.stderr)
         sys.exit(2)
     except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {_explain(error)}", file=sys.stderr)
+            print(f"error: {scrub(_explain(error))}", file=sys.stderr)
         sys.exit(2)
 
 

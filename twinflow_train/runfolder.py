@@ -6,6 +6,7 @@ import fcntl
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -48,6 +49,21 @@ def run_folder(path: str, world: World) -> Iterator[Path]:
     finally:
         if lock is not None:
             lock.close()
+
+
+def set_aside(folder: Path, world: World) -> None:
+    """Move what an earlier run left in its folder to `before-N`, so that a new one begins clean."""
+    if world.main:
+        kept = [p for p in folder.iterdir() if p.name != ".lock" and not _set_aside.match(p.name)]
+        number = 1 + sum(1 for p in folder.iterdir() if _set_aside.match(p.name))
+        if kept:
+            (folder / f"before-{number}").mkdir()
+        for path in kept:
+            path.rename(folder / f"before-{number}" / path.name)
+    world.barrier()
+
+
+_set_aside = re.compile(r"before-\d+$")
 
 
 def write_manifest(folder: Path, config: Mapping[str, Any], world: World) -> None:

@@ -55,9 +55,7 @@ class FSDP2(Engine):
             if self.recompute:
                 net.recompute(recompute_every(self.recompute, len(net.blocks)))
             for block in net.blocks:
-                fully_shard(
-                    block, mesh=mesh, mp_policy=policy, reshard_after_forward=self.reshard
-                )
+                fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=self.reshard)
             # Without the explicit flag a root that only runs forward stays gathered.
             fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=self.reshard)
             net.to_empty(device=world.device)

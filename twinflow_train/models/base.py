@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -210,8 +211,11 @@ def save_folder(
     """Write a diffusers transformer folder: config.json and safetensors split at 5 GB.
 
     `tensors` yields (stored name, whole tensor); they are written as they come, a file at a time.
+    The folder appears, and replaces an older one, when it is whole.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    final, folder = folder, folder.with_name(folder.name + ".partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     parts: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total = size = 0
@@ -232,6 +236,8 @@ def save_folder(
     flush()
     _name_parts(folder, parts, total)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.rmtree(final, ignore_errors=True)
+    folder.rename(final)
 
 
 def _name_parts(folder: Path, parts: list[list[str]], total: int) -> None:

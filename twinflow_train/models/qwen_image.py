@@ -108,8 +108,6 @@ def _initial(name: str, shape: torch.Size) -> tuple[str, float]:
         return "constant", 0.0
     if len(shape) == 1:
         return "constant", 0.0 if name.endswith("bias") else 1.0
-    if name.startswith("time_text_embed."):
-        return "normal", 0.02
     return "normal", (2 / (shape[0] + shape[1])) ** 0.5
 
 
