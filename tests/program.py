@@ -6,8 +6,10 @@ of a second instead of seven seconds.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -37,6 +39,15 @@ class Ended:
         """Return the lines on stderr that are not the progress bar's."""
         lines = self.err.replace("\r", "\n").splitlines()
         return [line for line in lines if line.strip() and "step/s" not in line]
+
+
+def refused(ended: Ended, *words: str) -> None:
+    """Hold that a process ended with exit code 2 and one line that says these words."""
+    assert ended.code == 2, (ended.code, ended.err)
+    assert len(ended.errors) == 1, ended.err
+    assert ended.errors[0].startswith("error: ")
+    for word in words:
+        assert word in ended.errors[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,11 +163,13 @@ def _put(path: Path, text: str) -> None:
 def _serve() -> None:
     """Fork a keeper for every request on stdin, which forks the process and tells how it ended."""
     # Whatever is slow to import; no thread may have started before a fork.
-    import diffusers.models.transformers.transformer_qwenimage
-    import torch.distributed.fsdp
-    import torch.distributed.tensor
-
-    import twinflow_train.loop  # noqa: F401
+    for name in (
+        "diffusers.models.transformers.transformer_qwenimage",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
+        "twinflow_train.loop",
+    ):
+        importlib.import_module(name)
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
@@ -177,8 +190,6 @@ def _keep(*, words: Sequence[str], env: dict[str, str], cwd: str, folder: str) -
 
 def _become(words: Sequence[str], env: dict[str, str], cwd: Path, folder: Path) -> None:
     """Be `python -m twinflow_train.train words...`."""
-    import runpy
-
     for number, name in enumerate(("out", "err"), 1):
         file = os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o644)
         os.dup2(file, number)

@@ -19,13 +19,13 @@ LAYERS = (
     ("engines",),
     ("metrics", "checkpoint", "evals", "planner", "encoding", "reporting", "runfolder"),
     ("run",),
-    ("loop",),
+    ("loop", "launch"),
     ("train", "prepare", "sample", "evaluate", "report", "export", "plan"),
 )
 """A module may import only from layers before its own; modules of one layer know nothing of each
 other; inside a subpackage imports are free."""
 
-CONFIGURES = ("run", *LAYERS[-1])
+CONFIGURES = ("run", "launch", *LAYERS[-1])
 OWNERS = {
     "deepspeed": ("engines.zero3",),
     "diffusers": ("models",),

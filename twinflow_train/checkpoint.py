@@ -61,12 +61,13 @@ class Checkpoints:
     world: World
     identity: Mapping[str, Any]
     keep: int = 2
+    _saved: int | None = None
 
     def write(self) -> None:
-        """Save the present state; does nothing if this step is already saved. Collective."""
-        final = self.folder / f"step-{self.progress.step:08d}"
-        if self.world.any(self.world.main and _index(final) is not None):
+        """Save the present state, unless this is the step last saved or resumed. Collective."""
+        if self._saved == self.progress.step:
             return
+        final = self.folder / f"step-{self.progress.step:08d}"
         partial = final.with_name(final.name + ".partial")
         if self.world.main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -78,6 +79,7 @@ class Checkpoints:
             _write_index(partial, self._index_of(reports))
             partial.rename(final)
             self._forget_old()
+        self._saved = self.progress.step
         self.world.barrier()
 
     def resume(self, *, must: bool = False) -> bool:
@@ -99,6 +101,7 @@ class Checkpoints:
                 _read(path, index, span)
             self.engine.restored(index["updates"])
             self.progress.__dict__.update(index["progress"])
+            self._saved = self.progress.step
             return True
         if must:
             raise UserError(f"resume=must: {self.folder} holds no whole checkpoint")
@@ -145,9 +148,14 @@ class Checkpoints:
         )
 
     def _forget_old(self) -> None:
+        """Remove all but the newest whole checkpoints, and what dead processes left half done."""
         whole = [p for p in sorted(self.folder.glob("step-????????")) if _index(p) is not None]
-        for old in whole[: -self.keep]:
-            shutil.rmtree(old)
+        kept = {p.name for p in whole[-self.keep :]}
+        for old in self.folder.glob("step-*"):
+            if old.name not in kept:
+                # Unsealed first: killed in between, it is no checkpoint any more.
+                (old / "COMPLETE").unlink(missing_ok=True)
+                shutil.rmtree(old)
 
 
 def sha256(path: Path) -> str:

@@ -44,7 +44,7 @@ def train(run: Run) -> int:
             set_aside(folder, world)
         else:
             saves.resume(must=run.resume is Resume.must)
-        write_manifest(folder, run.config(), world)
+        write_manifest(folder, run.config(), run.yaml(), world)
         log = stack.enter_context(run.log(folder, progress, world))
         log.tell(run.banner(engine, world))
         steps = prefetch(prepare(run, progress.step, world), run.data.prefetch)
@@ -53,7 +53,7 @@ def train(run: Run) -> int:
             done, stop = progress.step >= run.steps, dist.stopping(world)
             if done or stop or progress.every(run.save_every):
                 saves.write()
-            if not stop and (done or progress.every(run.eval_every)):
+            if not stop and (done or not progress.step or progress.every(run.eval_every)):
                 found = evaluate(
                     run.evals,
                     engine.networks(),

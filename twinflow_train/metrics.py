@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -80,7 +81,8 @@ class _WandBSink(Sink):
             name=name,
             dir=str(folder),
             config=scrub(dict(config)),
-            settings=wandb.Settings(silent=True, console="off"),
+            # W&B would keep the command line, where URLs may hold credentials; our manifest scrubs.
+            settings=wandb.Settings(silent=True, console="off", x_disable_meta=True),
         )
         # Our own step is the axis: a resumed run continues on it, also as a new offline run.
         self._run.define_metric("step")
@@ -109,7 +111,8 @@ class Log:
         """Write one line of numbers that belong to the state after `step` steps."""
         if self.file is None:
             return
-        self.file.write(json.dumps({"step": step, "samples": samples, **values}) + "\n")
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self.file.write(json.dumps({"step": step, "samples": samples, **finite}) + "\n")
         self.file.flush()
         self.sink.write(step, values)
 
@@ -169,7 +172,7 @@ def cut(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
         try:
             keep = line.endswith("\n") and json.loads(line)["step"] < step
         except json.JSONDecodeError:

@@ -1,22 +1,16 @@
-"""A run as configuration: its parts, the options of each group, and the way from a command."""
+"""A run as configuration: its parts, how they fit together, and the options of each group."""
 
 from __future__ import annotations
 
-import difflib
 import math
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import hydra
-import omegaconf
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 
 from twinflow_train.checkpoint import Checkpoints, Progress, sha256
@@ -58,9 +52,9 @@ class Run:
     name: of the run; folder: where everything it makes goes. seed: of all randomness.
     steps: optimizer steps; batch: samples of one, over all ranks; micro_batch: samples of one
     forward and backward on one rank. save_every, eval_every, log_every: in steps, 0 is only at
-    the end (saving, evaluating) or never (logging). keep_last: newest checkpoints to keep.
-    init_from: a diffusers folder or the export of a
-    run to start from; null starts from random weights.
+    the end (saving), at the start and the end (evaluating) or never (logging). keep_last: newest
+    checkpoints to keep. init_from: a diffusers folder or the export of a run to start from; null
+    starts from random weights.
     """
 
     name: str = "run"
@@ -90,6 +84,8 @@ class Run:
         for key in ("save_every", "eval_every", "log_every"):
             if self.__dict__[key] < 0:
                 raise ValueError(f"{key} must be 0 or more, got {self.__dict__[key]}")
+        if not self.name or not self.folder:
+            raise ValueError("name and folder must not be empty")
         if self.keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {self.keep_last}")
         if self.batch % self.micro_batch:
@@ -97,6 +93,10 @@ class Run:
                 f"batch = {self.batch} does not divide by micro_batch = {self.micro_batch}"
             )
         self.objective.shares.counts(self.batch)
+
+    def yaml(self) -> str:
+        """Return the whole configuration as YAML."""
+        return OmegaConf.to_yaml(OmegaConf.structured(self))
 
     def weights(self) -> Weights:
         """Open the initial weights."""
@@ -115,6 +115,7 @@ class Run:
 
     def shard(self, world: World) -> Sharded:
         """Build the sharded student and its teacher, if they fit the data."""
+        self.evals.check(self.data.held_out())
         form = self.data.train().manifest.form
         self.model.check(form.latent_shape, form.text_width)
         self.deal(world)
@@ -177,7 +178,8 @@ class Run:
         keys = ("model", "objective", "seed", "batch", "init_from")
         contents = sha256(self.data.train().folder / "manifest.json")
         data = {"window": self.data.window, "contents": contents}
-        return {key: config[key] for key in keys} | {"data": data}
+        identity: dict[str, Any] = scrub({key: config[key] for key in keys} | {"data": data})
+        return identity
 
 
 GROUPS: Mapping[str, Mapping[str, Any]] = {
@@ -209,57 +211,6 @@ def register() -> None:
             store.store(group=group, name=name, node=node)
 
 
-def launch(entry: Callable[[Run], int]) -> None:
-    """Turn the command line into a Run, hand it to `entry` and exit with its code.
-
-    What the user can mend is printed as one line, with exit code 2.
-    """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra shall raise, not print its own report
-    register()
-
-    def app(config: Any) -> None:
-        with _one_line_errors():
-            code = entry(compose(config))
-        if code:
-            sys.exit(code)
-
-    with _one_line_errors():
-        hydra.main(version_base="1.3", config_path=str(_conf()), config_name="train")(app)()
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Print what the user can mend as one line and exit with 2; rank 0 speaks for a bad key."""
-    try:
-        yield
-    except UserError as error:
-        print(f"error: {scrub(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except (HydraException, omegaconf.errors.OmegaConfBaseException) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {scrub(_explain(error))}", file=sys.stderr)
-        sys.exit(2)
-
-
-def compose(config: Any) -> Run:
-    """Make the live Run of a composed configuration; UserError names a value that is refused."""
-    try:
-        run = OmegaConf.to_object(config)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    assert isinstance(run, Run)
-    return run
-
-
-def _conf() -> Path:
-    """Find the configuration: inside an installed package, beside it in a checkout."""
-    here = Path(__file__).parent
-    inside = here / "conf"
-    return inside if inside.is_dir() else here.parent / "conf"
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.name
@@ -269,31 +220,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
     return value
-
-
-def _explain(error: Exception) -> str:
-    """Say on one line which key is wrong and what is allowed."""
-    cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
-    if isinstance(cause, omegaconf.errors.ConfigAttributeError | omegaconf.errors.ConfigKeyError):
-        return _unknown_key(cause)
-    if isinstance(cause, omegaconf.errors.MissingMandatoryValue):
-        return f"{cause.full_key} has no value: give {cause.full_key}=..."
-    if isinstance(cause, omegaconf.errors.OmegaConfBaseException):
-        return f"{cause.full_key}: {str(cause).splitlines()[0]}"
-    return " ".join(str(error).split())
-
-
-def _unknown_key(error: omegaconf.errors.OmegaConfBaseException) -> str:
-    key = str(error.full_key)
-    allowed = _allowed(error)
-    name = key.rpartition(".")[2]
-    near = difflib.get_close_matches(name, allowed, n=1)
-    meant = f", did you mean {near[0]!r}?" if near else "."
-    listed = f" Allowed here: {', '.join(allowed)}." if allowed else ""
-    return f"unknown key {key!r}{meant}{listed}"
-
-
-def _allowed(error: omegaconf.errors.OmegaConfBaseException) -> list[str]:
-    """List the keys beside the unknown one."""
-    kind = error.object_type
-    return [f.name for f in fields(kind)] if isinstance(kind, type) and is_dataclass(kind) else []

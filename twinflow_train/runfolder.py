@@ -55,7 +55,8 @@ def set_aside(folder: Path, world: World) -> None:
     """Move what an earlier run left in its folder to `before-N`, so that a new one begins clean."""
     if world.main:
         kept = [p for p in folder.iterdir() if p.name != ".lock" and not _set_aside.match(p.name)]
-        number = 1 + sum(1 for p in folder.iterdir() if _set_aside.match(p.name))
+        there = [int(m[1]) for p in folder.iterdir() if (m := _set_aside.match(p.name))]
+        number = 1 + max(there, default=0)
         if kept:
             (folder / f"before-{number}").mkdir()
         for path in kept:
@@ -63,10 +64,10 @@ def set_aside(folder: Path, world: World) -> None:
     world.barrier()
 
 
-_set_aside = re.compile(r"before-\d+$")
+_set_aside = re.compile(r"before-(\d+)$")
 
 
-def write_manifest(folder: Path, config: Mapping[str, Any], world: World) -> None:
+def write_manifest(folder: Path, config: Mapping[str, Any], yaml: str, world: World) -> None:
     """Write down what the run is: its configuration, command, code and library versions."""
     if not world.main:
         return
@@ -80,6 +81,7 @@ def write_manifest(folder: Path, config: Mapping[str, Any], world: World) -> Non
         "python": platform.python_version(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
+    (folder / "config.yaml").write_text(scrub(yaml))
     (folder / "manifest.json").write_text(json.dumps(scrub(manifest), indent=2) + "\n")
 
 

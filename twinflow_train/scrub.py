@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SECRET = re.compile(
-    r"(?i)(://)[^/@\s]+@|([?&][^=\s&]*(?:key|token|secret|sig|credential|password)[^=\s&]*=)[^&\s]+"
+    r"(?i)(:/{1,2})[^/?#\s]+@|([?&][^=\s&]*(?:key|token|secret|sig|credential|password)[^=\s&]*=)[^&\s]+"
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def test_the_decay_for_99_begins_as_published() -> None:
 def test_the_decay_grows_towards_its_target_and_not_beyond(target: float) -> None:
     decays = [decay_at(target, n) for n in range(2000)]
     assert decays[0] == 0
-    assert all(a <= b <= target for a, b in zip(decays, decays[1:], strict=False))
+    assert all(a <= b <= target for a, b in pairwise(decays))
     assert decays[-1] > 0.9 * target
 
 

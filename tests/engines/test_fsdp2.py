@@ -21,6 +21,7 @@ from tests.engines.tools import (
     State,
     Trial,
     apart,
+    network,
     objective,
     run,
     run_plainly,
@@ -33,8 +34,15 @@ from twinflow_train.engines.base import Precision
 from twinflow_train.engines.fsdp2 import FSDP2
 from twinflow_train.engines.optim import AdamW
 
-TRIALS = {1: [(8, 0), (2, 1), (8, 2)], 2: [(4, 0), (2, 1)], 4: [(1, 2), (2, 0)]}
-"""For each number of ranks: (micro-batch, every which block is recomputed)."""
+Layout = tuple[int, int, bool]
+
+TRIALS: dict[int, list[Layout]] = {
+    1: [(8, 0, True), (2, 1, True), (8, 2, False)],
+    2: [(4, 0, False), (2, 1, True)],
+    4: [(1, 2, False), (2, 0, True)],
+}
+"""For each number of ranks: micro-batch, every which block is recomputed, whether weights that a
+pass gathered are freed after it."""
 
 LAYOUTS = [(ranks, *trial) for ranks, trials in TRIALS.items() for trial in trials]
 
@@ -46,10 +54,10 @@ NEAR = {"loss": 1e-6, "norm": 1e-6, "model": 1e-6, "average": 1e-6}
 class Found:
     """What one rank of one number of processes found out."""
 
-    outcomes: dict[tuple[int, int], Outcome]
-    clips: dict[str, Any]
-    teachers: dict[str, Any]
+    outcomes: dict[Layout, Outcome]
     begun: dict[str, Any]
+    clips: dict[str, Any] = field(default_factory=dict)
+    teachers: dict[str, Any] = field(default_factory=dict)
     counts: dict[int, int] = field(default_factory=dict)
     half: Outcome | None = None
 
@@ -57,13 +65,14 @@ class Found:
 def everything(world: World) -> Found:
     found = Found(
         outcomes={
-            (micro, every): run(Trial.of(micro, recompute=every), world)
-            for micro, every in TRIALS[world.size]
+            (micro, every, reshard): run(Trial.of(micro, recompute=every, reshard=reshard), world)
+            for micro, every, reshard in TRIALS[world.size]
         },
-        clips={name: clipped(world, clip) for name, clip in CLIPS.items()},
-        teachers=teachers(world),
         begun=begun(world),
     )
+    if world.size < 4:
+        found.clips = {name: clipped(world, clip) for name, clip in CLIPS.items()}
+        found.teachers = teachers(world)
     if world.size == 1:
         found.counts = {every: block_calls(world, every) for every in (0, 1, 2)}
     if world.size == 2:
@@ -82,12 +91,12 @@ def clipped(world: World, clip: float) -> dict[str, Any]:
     before = whole(engine, "model")
     trial.backward(engine, 0, world)
     gradients = {
-        engine.student.stored_name(name): _full(p.grad)
-        for name, p in engine.student.named_parameters()
+        network(engine).stored_name(name): _full(p.grad)
+        for name, p in network(engine).named_parameters()
         if p.grad is not None
     }
     norm = engine.step(optim.lr)
-    cleared = all(p.grad is None for p in engine.student.parameters())
+    cleared = all(p.grad is None for p in network(engine).parameters())
     return {
         "before": before,
         "gradients": gradients,
@@ -143,8 +152,8 @@ def begun(world: World) -> dict[str, Any]:
             if span.kind not in ("model", "average")
         ),
         "frozen": {
-            engine.student.stored_name(name)
-            for name, p in engine.student.named_parameters()
+            network(engine).stored_name(name)
+            for name, p in network(engine).named_parameters()
             if not p.requires_grad
         },
     }
@@ -155,8 +164,9 @@ def block_calls(world: World, every: int) -> int:
     trial = Trial.of(8, recompute=every)
     engine = trial.shard(world)
     calls = []
-    for block in engine.student.blocks:
-        block.attn.register_forward_hook(lambda *_: calls.append(1))
+    for block in network(engine).blocks:
+        attention = block.get_submodule("attn")
+        attention.register_forward_hook(lambda *_: calls.append(1))
     trial.backward(engine, 0, world)
     return len(calls)
 
@@ -168,7 +178,10 @@ def _full(gradient: Tensor) -> Tensor:
 
 @cache
 def results(ranks: int) -> list[Found]:
-    found: list[Found] = spawn(everything, ranks)
+    with pytest.MonkeyPatch.context() as env:
+        if ranks > 1:  # one process has checked the shapes; checks are half of the time
+            env.setenv("TWINFLOW_TYPE_HOOK", "0")
+        found: list[Found] = spawn(everything, ranks)
     return found
 
 
@@ -182,16 +195,17 @@ def near(one: Outcome, other: Outcome) -> dict[str, float]:
     return {key: far for key, far in one.worst(other).items() if far > NEAR[key]}
 
 
-@pytest.mark.parametrize(("ranks", "micro_batch", "recompute"), LAYOUTS)
+@pytest.mark.parametrize(("ranks", "micro_batch", "recompute", "reshard"), LAYOUTS)
 def test_every_layout_gives_the_results_of_one_plain_process(
-    ranks: int, micro_batch: int, recompute: int
+    ranks: int, micro_batch: int, recompute: int, reshard: bool
 ) -> None:
-    assert near(results(ranks)[0].outcomes[micro_batch, recompute], plain()) == {}
+    outcome = results(ranks)[0].outcomes[micro_batch, recompute, reshard]
+    assert near(outcome, plain()) == {}
 
 
 @pytest.mark.parametrize("ranks", list(TRIALS))
 def test_layouts_agree_with_one_another(ranks: int) -> None:
-    one = results(1)[0].outcomes[8, 0]
+    one = results(1)[0].outcomes[8, 0, True]
     for outcome in results(ranks)[0].outcomes.values():
         assert near(outcome, one) == {}
 
@@ -200,7 +214,7 @@ def test_the_run_that_is_compared_learns_and_clips() -> None:
     norms, losses = plain().norms, plain().losses
     assert len(losses) == 6
     assert max(norms) > OPTIM.clip, "no step is clipped: the comparison would not see it"
-    started = {name: tensor for name, tensor in results(1)[0].begun["model"].items()}
+    started = results(1)[0].begun["model"]
     assert apart(plain().model, started) > 1e-3
     assert apart(plain().model, plain().average) > 1e-4
 
@@ -214,7 +228,7 @@ def test_every_rank_sees_the_global_loss_and_norm(ranks: int) -> None:
             assert outcome.norms == first[key].norms
 
 
-@pytest.mark.parametrize("ranks", list(TRIALS))
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("clip", list(CLIPS))
 def test_clipping_uses_the_true_global_norm(ranks: int, clip: str) -> None:
     found = results(ranks)[0].clips[clip]
@@ -227,7 +241,7 @@ def test_clipping_uses_the_true_global_norm(ranks: int, clip: str) -> None:
     assert found["norm"] == pytest.approx(float(norm), rel=1e-6)
     assert float(norm) > 0.3  # so that .25 is reached
     torch.optim.AdamW(
-        parameters.values(), lr=1e-2, betas=(0, 0), eps=1.0, weight_decay=0
+        parameters.values(), lr=1e-2, betas=(0.0, 0.0), eps=1.0, weight_decay=0
     ).step()
     after = {name: found["after"][name] for name in parameters}
     assert apart(after, {n: p.detach() for n, p in parameters.items()}) < 1e-7
@@ -235,7 +249,7 @@ def test_clipping_uses_the_true_global_norm(ranks: int, clip: str) -> None:
     assert found["cleared"]
 
 
-@pytest.mark.parametrize("ranks", list(TRIALS))
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_teacher_of_decay_0_is_the_student(ranks: int) -> None:
     for found in results(ranks):
         assert found.teachers["self"]
@@ -245,7 +259,7 @@ def test_a_teacher_of_decay_0_is_the_student(ranks: int) -> None:
         assert found.teachers["self loss"] > 0
 
 
-@pytest.mark.parametrize("ranks", list(TRIALS))
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_teacher_of_decay_1_stays_as_it_was(ranks: int) -> None:
     main = results(ranks)[0].teachers
     assert main["kept moved"] == 0
@@ -316,5 +330,5 @@ def test_bfloat16_stays_within_its_tolerance_of_float32() -> None:
 
 
 def test_a_negative_recompute_is_refused_by_key() -> None:
-    with pytest.raises(ValueError, match="engine.recompute must be 0 or more, got -1"):
+    with pytest.raises(ValueError, match=r"engine.recompute must be 0 or more, got -1"):
         FSDP2(recompute=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def test_the_rate_stays_and_then_falls_along_half_a_cosine() -> None:
 def test_the_fall_begins_after_the_warmup_at_the_earliest() -> None:
     found = rates(8, warmup=4, constant=0.0)
     assert found[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
-    assert all(a > b > 0 for a, b in zip(found[4:], found[5:], strict=False))
+    assert all(a > b > 0 for a, b in pairwise(found[4:]))
 
 
 def test_a_warmup_longer_than_the_run_still_gives_every_step_a_rate() -> None:

@@ -24,12 +24,14 @@ from twinflow_train.objectives.twinflow import TwinFlow
 from twinflow_train.rng import generator
 
 # Sizes that neither 2 nor 4 divides: some ranks hold fewer rows than others, or none.
-SIZE = QwenImage(layers=2, heads=3, head_dim=6, text_width=7, channels=3, rope=[2, 2, 2], patch=1)
-LATENT = (3, 2, 3)
+SIZE = QwenImage(layers=2, heads=3, head_dim=6, text_width=7, channels=3, rope=[2, 2, 2])
+LATENT = (3, 4, 6)
 BATCH = 8
 SEED = 5
 STEPS = 6
-OPTIM = AdamW(lr=2e-3, warmup=2, constant=0.5, clip=0.5, weight_decay=0.01)
+# Adam divides a gradient by its own size: with eps at 1e-8, rounding in gradients that are nearly
+# zero would decide the sign of whole steps.
+OPTIM = AdamW(lr=2e-3, warmup=2, constant=0.5, clip=0.5, weight_decay=0.01, eps=1e-5)
 
 State = dict[str, Tensor]
 
@@ -67,22 +69,26 @@ def batch_of(rows: Sequence[int], step: int) -> Batch:
 
 @dataclass(kw_only=True)
 class Trial:
-    """One way to run: the micro-batch, the recomputation, the objective, the precision."""
+    """One way to run: layout, precision, objective and optimizer."""
 
     micro_batch: int = BATCH
     recompute: int = 0
+    reshard: bool = True
     precision: Precision = Precision.fp32
     objective: TwinFlow
     optim: AdamW
 
     @staticmethod
     def of(micro_batch: int, **settings: Any) -> Trial:
-        return Trial(**({"objective": objective(), "optim": OPTIM} | settings),
-                     micro_batch=micro_batch)  # fmt: skip
+        """Give the reference run with some settings changed."""
+        usual: dict[str, Any] = {"objective": objective(), "optim": OPTIM}
+        return Trial(**(usual | settings), micro_batch=micro_batch)
 
     def shard(self, world: World, *, seed: int = 0, size: QwenImage = SIZE) -> Sharded:
         """Build the engine from weights of `seed`."""
-        return FSDP2(precision=self.precision, recompute=self.recompute).shard(
+        return FSDP2(
+            precision=self.precision, recompute=self.recompute, reshard=self.reshard
+        ).shard(
             size,
             weights(seed),
             optim=self.optim,
@@ -92,15 +98,11 @@ class Trial:
 
     def backward(self, engine: Sharded, step: int, world: World) -> float:
         """Run the forward and backward passes of one step; return the global loss."""
-        deal = Deal(
-            batch=BATCH, micro_batch=self.micro_batch, ranks=world.size, rank=world.rank
-        )
+        deal = Deal(batch=BATCH, micro_batch=self.micro_batch, ranks=world.size, rank=world.rank)
         total = torch.zeros(())
         for micro, rows in enumerate(deal.rows()):
             draws = self.objective.draw(deal, micro, seed=SEED, step=step, latent=LATENT)
-            loss = self.objective.loss(
-                engine.student, engine.teacher, batch_of(rows, step), draws
-            )
+            loss = self.objective.loss(engine.student, engine.teacher, batch_of(rows, step), draws)
             engine.backward(loss.total)
             total += loss.total.detach()
         return float(world.sum(total))
@@ -176,6 +178,12 @@ def run_plainly(trial: Trial, *, steps: int = STEPS) -> Outcome:
             for a, p in zip(teacher.parameters(), student.parameters(), strict=True):
                 a.copy_(decay * a + (1 - decay) * p)
     return Outcome(losses=losses, norms=norms, model=_state(student), average=_state(teacher))
+
+
+def network(engine: Sharded) -> VelocityNet:
+    """Give the student as the module that it is."""
+    assert isinstance(engine.student, VelocityNet)
+    return engine.student
 
 
 def whole(engine: Sharded, kind: str) -> State:

@@ -221,9 +221,7 @@ def test_the_initial_network_says_zero_and_its_second_embedder_equals_its_first(
         embedder.embed.parameters(), embedder.embed_r.parameters(), strict=True
     ):
         assert torch.equal(first, second)
-    moved = [
-        name for name, p in net.named_parameters() if p.ndim == 2 and bool(p.abs().max() > 0)
-    ]
+    moved = [name for name, p in net.named_parameters() if p.ndim == 2 and bool(p.abs().max() > 0)]
     assert any("img_mlp" in name for name in moved)
 
 
@@ -249,9 +247,7 @@ def test_the_released_size_builds_on_meta_in_seconds() -> None:
         ({"rope": [4, 4, 4]}, r"model.head_dim = 8, got \[4, 4, 4\]"),
     ],
 )
-def test_a_size_that_cannot_be_built_is_refused_by_key(
-    changes: dict[str, Any], named: str
-) -> None:
+def test_a_size_that_cannot_be_built_is_refused_by_key(changes: dict[str, Any], named: str) -> None:
     sizes: dict[str, Any] = {"head_dim": 8, "rope": [4, 2, 2]} | changes
     with pytest.raises(ValueError, match=named):
         QwenImage(**sizes)

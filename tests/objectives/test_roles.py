@@ -1,6 +1,7 @@
 """Roles: exact shares, dealt so that ranks, micro-batches and accumulation change nothing."""
 
 from fractions import Fraction
+from itertools import chain
 
 import pytest
 import torch
@@ -121,8 +122,8 @@ def test_a_deal_partitions_the_batch(sizes: tuple[int, int, int]) -> None:
         for deal in all_deals:
             assert deal.micro_steps == accumulation
             assert deal.rows()[micro] == deal.mine(micro).tolist()
-            assert sorted(sum(rows, [])) == deal.everyone(micro).tolist()
-        seen += sum(rows, [])
+            assert sorted(chain(*rows)) == deal.everyone(micro).tolist()
+        seen += chain(*rows)
     assert sorted(seen) == list(range(batch))
 
 

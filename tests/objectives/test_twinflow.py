@@ -1,7 +1,6 @@
 """The loss: equal to METHOD.md row by row, with the fixed points that it must have."""
 
 import math
-import random
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -30,13 +29,12 @@ from twinflow_train.objectives import presets
 from twinflow_train.objectives.draws import Draws
 from twinflow_train.objectives.roles import Shares
 from twinflow_train.objectives.twinflow import TwinFlow
+from twinflow_train.rng import generator
 
 JUMPS = Shares(generator=0, local=0, fake=0)
 
 
-def plain(
-    o: TwinFlow, student: Velocity, teacher: Velocity, batch: Batch, draws: Draws
-) -> Tensor:
+def plain(o: TwinFlow, student: Velocity, teacher: Velocity, batch: Batch, draws: Draws) -> Tensor:
     """Compute the loss of a global batch as METHOD.md states it, one row at a time."""
     role_of = {i: role for role, rows in draws.roles.items() for i in range(rows.start, rows.stop)}
     jumps = student if o.teacher_decay == 1 else teacher
@@ -52,8 +50,8 @@ def plain(
 
     for i, x in enumerate(batch.data.double()):
         role, z, t, r = role_of[i], draws.noise[i].double(), float(draws.t[i]), float(draws.r[i])
-        null = batch.null[[i]] if len(batch.null) > 1 else batch.null
-        c = null if draws.unconditional[i] else batch.cond[[i]]
+        null = batch.null[slice(i, i + 1)] if len(batch.null) > 1 else batch.null
+        c = null if draws.unconditional[i] else batch.cond[slice(i, i + 1)]
         if role == "fake" or o.image_free:
             z_fake = next(fresh)
             x = z_fake - ask(student, z_fake, 1.0, 0.0, c).detach()
@@ -139,7 +137,7 @@ def test_loss_and_gradient_are_the_methods(name: str, nulls: int) -> None:
 def test_the_terms_told_add_up_to_the_total(name: str) -> None:
     objective = VARIANTS[name]
     loss = objective.loss(network(0), network(1), toy_batch(12), whole(objective, 12))
-    told = {key.removeprefix("loss/"): float(value) for key, value in loss.metrics.items()}
+    told = {key.removeprefix("loss/"): value.item() for key, value in loss.metrics.items()}
     counts = objective.shares.counts(12)
     idle = ("generator",) if objective.separate_means or not objective.order else ()
     real = sum(n for role, n in counts.items() if role not in ("fake", *idle))
@@ -147,7 +145,7 @@ def test_the_terms_told_add_up_to_the_total(name: str) -> None:
     means = (1, 1) if objective.separate_means else (real / (real + fake), fake / (real + fake))
     terms = means[0] * told["base"] + means[1] * told.get("fake", 0.0)
     assert told["total"] == pytest.approx(terms + objective.rectify_weight * told["rectify"])
-    assert told["total"] == pytest.approx(float(loss.total))
+    assert told["total"] == pytest.approx(loss.total.item())
 
 
 @dataclass(kw_only=True)
@@ -175,6 +173,12 @@ def straight(x_t: Tensor, t: Times, r: Times, cond: Condition, /) -> Tensor:
     return cond.tokens.reshape(x_t.shape)
 
 
+def knowing(batch: Batch, velocity: Tensor) -> Batch:
+    """Tell the conditions the velocity."""
+    cond = Condition(tokens=velocity.reshape(len(velocity), 1, -1))
+    return replace(batch, cond=cond, null=cond)
+
+
 orders = st.integers(1, 3)
 pairs = st.lists(
     st.tuples(
@@ -186,17 +190,22 @@ pairs = st.lists(
 )
 
 
-def jumping(order: int, random_grid: bool, **changes: float) -> TwinFlow:
+def jumping(order: int, random_grid: bool) -> TwinFlow:
     return TwinFlow(
         shares=JUMPS, rectify_weight=0.0, order=order, random_grid=random_grid,
-        time_weight=False, **({"guidance": 0.0} | changes),
+        time_weight=False, guidance=0.0,
     )  # fmt: skip
 
 
-def chosen(objective: TwinFlow, where: list[tuple[float, float]], dtype: torch.dtype) -> Draws:
+def chosen(
+    objective: TwinFlow,
+    where: list[tuple[float, float]],
+    dtype: torch.dtype,
+    latent: tuple[int, ...] = LATENT,
+) -> Draws:
     """Draw rows at given times t, and r = t times the second number."""
     t, part = torch.tensor(where, dtype=dtype).T.contiguous()
-    return at_times(whole(objective, len(t)), t, t * part, objective.delta)
+    return at_times(whole(objective, len(t), latent=latent), t, t * part, objective.delta)
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
@@ -209,8 +218,7 @@ def test_a_straight_flow_leaves_no_residual_anywhere(
     draws = chosen(objective, where, dtype)
     batch = toy_batch(len(where), dtype=dtype)
     v = draws.noise - batch.data
-    batch = replace(batch, cond=Condition(tokens=v.reshape(len(v), 1, -1)))
-    R = residual(objective, straight, batch, draws)
+    R = residual(objective, straight, knowing(batch, v), draws)
     assert bool((R.abs() <= most * v.abs().clamp(min=1)).all())
 
 
@@ -239,8 +247,7 @@ def test_a_field_that_ignores_the_jump_leaves_a_residual() -> None:
     objective = jumping(2, False)
     draws = chosen(objective, [(0.8, 0.5), (1.0, 0.0)], torch.float64)
     batch = toy_batch(2)
-    v = (draws.noise - batch.data).reshape(2, 1, -1)
-    R = residual(objective, wrong, replace(batch, cond=Condition(tokens=v)), draws)
+    R = residual(objective, wrong, knowing(batch, draws.noise - batch.data), draws)
     assert float(R.abs().mean()) > 0.1
 
 
@@ -276,10 +283,10 @@ def gaussian_residual(order: int, grid: bool, std: float, *, average: bool) -> T
 
     where = [(t / 25, part / 10) for t in range(1, 26) for part in range(11)]
     objective = jumping(order, grid)
-    draws = chosen(objective, where, torch.float64)
+    draws = chosen(objective, where, torch.float64, latent=(40,))
     t = draws.t[:, None]
     # The mean of R over data and noise that meet in x_t, because R is linear in their velocity.
-    x_t = spread(t, std) * torch.linspace(-2.5, 2.5, 40, dtype=torch.float64)
+    x_t = spread(t, std) * torch.special.ndtri(torch.linspace(0, 1, 42).double()[1:-1])
     v = gaussian(x_t, draws.t, draws.t, std)
     cond = toy_batch(len(where)).cond
     batch = Batch(data=x_t - t * v, cond=cond, null=cond, keys=("",) * len(where))
@@ -295,59 +302,57 @@ def test_the_exact_gaussian_field_leaves_almost_no_residual(
     assert float(gaussian_residual(order, grid, std, average=False).max()) > 0.1
 
 
-class Perceptron(nn.Module):
-    """A velocity on single numbers, each a pixel of a row, that knows both times and the sign."""
+class Slopes(nn.Module):
+    """A velocity linear in x_t, its coefficients a perceptron of both times and of the sign."""
 
-    def __init__(self, width: int = 48) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.layers = nn.Sequential(
-                nn.Linear(5, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                nn.Linear(width, 1),
-            )  # fmt: skip
+            inner = (nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
+            self.layers = nn.Sequential(nn.Linear(4, width), nn.SiLU(), *inner)
 
     def forward(self, x_t: Tensor, t: Tensor, r: Tensor, cond: Condition) -> Tensor:
-        times = torch.stack([t.abs(), t.abs() - r.abs(), t.sign(), t.abs() * t.abs()], -1)
-        inputs = torch.cat([x_t[..., None], times[:, None].expand(*x_t.shape, 4)], -1)
-        return self.layers(inputs)[..., 0]
+        times = torch.stack([t.abs(), t.abs() - r.abs(), t.square(), 4 * t.sign()], -1)
+        slope, offset = self.layers(times).T
+        return slope[:, None] * x_t + offset[:, None]
+
+
+@torch.no_grad()
+def errors(net: nn.Module, std: float) -> tuple[float, float, float]:
+    """Return the root mean square error at all times and at (1, 0), and mean |delta_v|."""
+    t, part = torch.cartesian_prod(torch.linspace(0.1, 1, 10), torch.linspace(0, 1, 6)).T
+    r, cond = t * part, Condition(tokens=torch.zeros(60, 1, 1))
+    x_t = spread(t, std)[:, None] * torch.linspace(-2, 2, 21)
+    wrong = (net(x_t, t, r, cond) - gaussian(x_t, t, r, std)).square()
+    delta_v = (net(x_t, -t, -t, cond) - net(x_t, t, t, cond)).abs().mean()
+    one_step = wrong[(t == 1) & (r == 0)].mean().sqrt()
+    return float(wrong.mean().sqrt()), float(one_step), float(delta_v)
 
 
 def test_training_on_a_gaussian_finds_its_average_velocities_and_closes_the_game() -> None:
-    std, rows, pixels, steps = 0.5, 32, 64, 700
+    std, rows, pixels, steps = 0.5, 32, 64, 800
+    # Every pixel is a sample of its own, so that a row has many at its pair of times.
     objective = TwinFlow(
-        guidance=0.0, distance=l2(), time_weight=False, teacher_decay=0.0, rectify_weight=0.5
+        guidance=0.0, distance=l2(), time_weight=False, teacher_decay=0.0, delta=0.05
     )
-    net, cond = Perceptron(), Condition(tokens=torch.zeros(rows, 1, 1))
-    adam = torch.optim.Adam(net.parameters(), lr=5e-3)
+    net, cond = Slopes(), Condition(tokens=torch.zeros(rows, 1, 1))
+    adam = torch.optim.Adam(net.parameters(), lr=0.01, betas=(0.9, 0.99))
     rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
-    t, r = (grid.flatten() for grid in torch.meshgrid(
-        torch.linspace(0.1, 1, 10), torch.linspace(0, 1, 6), indexing="ij"))  # fmt: skip
-    r = r * t
-    x_t = spread(t, std)[:, None] * torch.linspace(-2, 2, 21)
-
-    @torch.no_grad()
-    def errors() -> tuple[float, float, float]:
-        """Return root mean square error, of the one-step map alone, and mean |delta_v|."""
-        wrong = net(x_t, t, r, cond) - gaussian(x_t, t, r, std)
-        jump = wrong[(t == 1) & (r == 0)]
-        delta_v = net(x_t, -t, -t, cond) - net(x_t, t, t, cond)
-        return tuple(float(e) for e in (  # type: ignore[return-value]
-            wrong.square().mean().sqrt(), jump.square().mean().sqrt(), delta_v.abs().mean()))  # fmt: skip
-
-    before = errors()
-    data = torch.randn(steps, rows, pixels, generator=torch.Generator().manual_seed(1)) * std
+    before = errors(net, std)
     for step in range(steps):
-        batch = Batch(data=data[step], cond=cond, null=cond, keys=("",) * rows)
+        data = torch.randn(rows, pixels, generator=generator("test", "gaussian", step)) * std
+        batch = Batch(data=data, cond=cond, null=cond, keys=("",) * rows)
         adam.zero_grad()
         draws = whole(objective, rows, step=step, latent=(pixels,))
         objective.loss(net, net, batch, draws).total.backward()
+        # The generated data feeds back: unclipped, one large step in hundreds can run away.
+        nn.utils.clip_grad_norm_(net.parameters(), 0.3)
         adam.step()
         rate.step()
-    after = errors()
-    assert before[0] > 0.5
-    assert before[2] > 0.1
-    assert max(after) < 0.08, (before, after)
+    after = errors(net, std)
+    assert min(before) > 0.15
+    assert max(after) < 0.08
 
 
 def rectification(net: Velocity) -> Tensor:
@@ -447,10 +452,10 @@ def test_with_order_0_only_local_and_fake_rows_are_averaged() -> None:
 def test_separate_means_weigh_one_to_one_to_one() -> None:
     objective = replace(presets.twinflow_paper(), guidance=0.0)
     loss = objective.loss(network(), network(1), toy_batch(12), whole(objective, 12))
-    told = {key: float(value) for key, value in loss.metrics.items()}
+    told = {key: value.item() for key, value in loss.metrics.items()}
     assert objective.shares.counts(12)["jump"] == 8
     terms = told["loss/jump"] + told["loss/fake"] + told["loss/rectify"]
-    assert float(loss.total) == pytest.approx(terms)
+    assert loss.total.item() == pytest.approx(terms)
 
 
 @pytest.mark.parametrize("nulls", [1, 9])
@@ -540,13 +545,13 @@ def test_nothing_of_the_callers_is_written_to(name: str, dtype: torch.dtype) -> 
 
 
 def test_no_global_randomness_is_used() -> None:
-    states = torch.get_rng_state(), np.random.get_state()[1], random.getstate()  # noqa: NPY002
+    student, teacher = network(0), network(1)
+    ours, numpys = torch.get_rng_state(), str(np.random.get_state())  # noqa: NPY002
     for objective in VARIANTS.values():
         draws = whole(objective, 12)
-        objective.loss(network(0), network(1), toy_batch(12), draws).total.backward()
-    assert torch.get_rng_state().equal(states[0])
-    assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
-    assert random.getstate() == states[2]
+        objective.loss(student, teacher, toy_batch(12), draws).total.backward()
+    assert torch.get_rng_state().equal(ours)
+    assert str(np.random.get_state()) == numpys  # noqa: NPY002
 
 
 def test_the_same_draws_give_the_same_loss_twice() -> None:

@@ -76,9 +76,7 @@ def step_of_rank(
 def gradients(total: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Differentiate; what the loss does not depend on has gradient 0."""
     found = torch.autograd.grad(total, list(parameters), allow_unused=True)
-    return [
-        torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
-    ]
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
 
 
 class Counting:

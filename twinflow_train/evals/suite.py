@@ -46,6 +46,9 @@ class Evals:
                     "style, order, guidance, stochasticity, sde or extrapolation"
                 )
 
+    def check(self, heldout: ShardSet) -> None:
+        """Refuse what would only fail at an evaluation: UserError."""
+
     def evaluate(
         self, networks: Networks, samplers: Sequence[Sampler], heldout: ShardSet, world: World
     ) -> Evaluation:
@@ -88,6 +91,15 @@ class Digits(Evals):
         for key, value in {"images": self.images, "batch": self.batch, "rows": self.rows}.items():
             if value < 1:
                 raise UserError(f"evals.{key} is {value}; it must be at least 1")
+
+    def check(self, heldout: ShardSet) -> None:
+        """Refuse a missing judge and images that it cannot judge: UserError."""
+        Judge.load(self.judge)
+        shape = heldout.manifest.form.latent_shape
+        if shape != (1, 28, 28):
+            raise UserError(
+                f"evals=digits judges images of shape (1, 28, 28), the data have {shape}"
+            )
 
     def evaluate(
         self, networks: Networks, samplers: Sequence[Sampler], heldout: ShardSet, world: World
@@ -144,12 +156,8 @@ class _Exam:
     @staticmethod
     def prepare(suite: Digits, heldout: ShardSet, world: World) -> _Exam:
         """Read the judge and the held-out images, and choose the first image of each class."""
+        suite.check(heldout)
         judge = Judge.load(suite.judge).to(world.device)
-        shape = heldout.manifest.form.latent_shape
-        if shape != (1, 28, 28):
-            raise UserError(
-                f"evals=digits judges images of shape (1, 28, 28), the data have {shape}"
-            )
         reals, real_labels = labelled(heldout)
         labels = real_labels[torch.arange(suite.images) % len(real_labels)]
         found = labels.tolist()

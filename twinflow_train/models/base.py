@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -61,6 +61,7 @@ class VelocityNet(nn.Module, ABC):
         """Name one parameter as weight files do."""
 
 
+@runtime_checkable
 class Weights(Protocol):
     """Where parameters come from: rows [start, stop) of a named tensor along its first axis."""
 
@@ -179,6 +180,10 @@ def _aliased(name: str, aliases: dict[str, str]) -> str:
 
 def _check_config(folder: Path, config: dict[str, object]) -> None:
     path = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(
+            f"init_from: {folder} does not exist; give a diffusers folder or an export of a run"
+        )
     if not path.is_file():
         raise UserError(
             f"init_from: {folder} has no config.json; give a diffusers folder or an export of a run"

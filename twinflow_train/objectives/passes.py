@@ -11,7 +11,7 @@ from torch import Tensor
 from twinflow_train.batch import Condition, Times, Velocity
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Pass:
     """Rows for which F(x_t, t, r, cond) of a network is wanted; `name` is what they are for."""
 

@@ -7,6 +7,7 @@ is taken over the global batch. Notation as in the paper; F is dx/dt, time 1 is 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -77,46 +78,43 @@ class TwinFlow:
     null_share: float = 0.0
 
     def __post_init__(self) -> None:
-        _in("order", self.order, self.order >= 0, "0 or more")
-        _in("delta", self.delta, 0 < self.delta <= 0.5, "in (0, 0.5]")
-        _in("guidance", self.guidance, self.guidance >= 0, "0 or more")
-        _in("teacher_decay", self.teacher_decay, 0 <= self.teacher_decay <= 1, "in [0, 1]")
-        _in("rectify_weight", self.rectify_weight, self.rectify_weight >= 0, "0 or more")
-        _in(
-            "consistency_ratio",
-            self.consistency_ratio,
-            0 <= self.consistency_ratio <= 1,
-            "in [0, 1]",
-        )
-        _in("time_alpha", self.time_alpha, self.time_alpha > 0, "positive")
-        _in("time_beta", self.time_beta, self.time_beta > 0, "positive")
-        _in("null_share", self.null_share, 0 <= self.null_share < 1, "in [0, 1)")
-        _in("guidance_high", self.guidance_high, self.guidance_high <= 1, "at most 1")
-        window = 0 <= self.guidance_low < self.guidance_high
-        _in("guidance_low", self.guidance_low, window, "in [0, objective.guidance_high)")
-        if self.guidance >= 1 and self.teacher_decay < 1:
-            raise ValueError(
-                f"objective.guidance = {self.guidance} diverges unless the teacher is frozen "
-                "(objective.teacher_decay=1): its fixed point is 1 / (1 - guidance)"
-            )
-        if self.image_free and self.teacher_decay < 1:
-            raise ValueError(
-                "objective.image_free needs a frozen teacher: set objective.teacher_decay=1"
-            )
-        if self.rectify_weight and not self.shares.generator:
-            raise ValueError(
-                "objective.rectify_weight is positive but objective.shares.generator is 0: "
-                "L_rectify applies to generator rows; set objective.rectify_weight=0"
-            )
+        for key, good, allowed in self._rules():
+            if not good:
+                value = vars(self)[key]
+                raise ValueError(f"objective.{key} must be {allowed}, got {value}")
         if self.rectify_weight and not self.shares.fake:
             warnings.warn(
                 "objective.shares.fake is 0: L_rectify follows a fake branch that nothing trains",
                 stacklevel=2,
             )
-        if not self.order and any(self.shares.__dict__[role] for role in ("jump", "direct")):
-            raise ValueError(
-                "objective.order = 0 is flow matching: jump and direct rows need 1 or more"
-            )
+
+    def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        frozen, low, high = self.teacher_decay == 1, self.guidance_low, self.guidance_high
+        leaps = self.shares.jump or self.shares.direct
+        yield "order", self.order >= 0, "0 or more"
+        yield "order", self.order > 0 or not leaps, "1 or more where there are jump or direct rows"
+        yield "delta", 0 < self.delta <= 0.5, "in (0, 0.5]"
+        yield "guidance", self.guidance >= 0, "0 or more"
+        yield (
+            "guidance",
+            self.guidance < 1 or frozen,
+            "below 1 unless the teacher is frozen (objective.teacher_decay=1): its fixed point is "
+            "guidance 1 / (1 - rho)",
+        )
+        yield "guidance_high", high <= 1, "at most 1"
+        yield "guidance_low", 0 <= low < high, "in [0, objective.guidance_high)"
+        yield "teacher_decay", 0 <= self.teacher_decay <= 1, "in [0, 1]"
+        yield "image_free", frozen or not self.image_free, "false unless objective.teacher_decay=1"
+        yield "rectify_weight", self.rectify_weight >= 0, "0 or more"
+        yield (
+            "rectify_weight",
+            not self.rectify_weight or self.shares.generator > 0,
+            "0 where objective.shares.generator is 0: L_rectify applies to generator rows",
+        )
+        yield "consistency_ratio", 0 <= self.consistency_ratio <= 1, "in [0, 1]"
+        yield "time_alpha", self.time_alpha > 0, "positive"
+        yield "time_beta", self.time_beta > 0, "positive"
+        yield "null_share", 0 <= self.null_share < 1, "in [0, 1)"
 
     def table(self, batch: int, *, seed: int, step: int) -> Table:
         """Draw roles and times of a whole global batch (METHOD section 2), and what each needs."""
@@ -194,28 +192,22 @@ class TwinFlow:
         data, draws = batch.data.to(dtype), draws.to(batch.data.device, dtype)
         z, t, fake = draws.noise, draws.t, draws.roles["fake"]
         cond = _conditions(batch, draws) if self.null_share else batch.cond
-        filler = Pass(name="", network=student, x_t=z[:1], t=t[:1], r=t[:1], cond=cond[slice(0, 1)])
+        filler = Pass("", student, z[:1], t[:1], t[:1], cond[slice(0, 1)])
 
         # Data of the fake rows, and guidance.
         one = torch.ones_like(draws.generate, dtype=dtype)
-        z_fake = draws.noise_fake
-        generate = Pass(
-            name="generate",
-            network=student,
-            x_t=z_fake,
-            t=one,
-            r=0 * one,
-            cond=cond[draws.generate],
-        )
-        if self.image_free:
+        z_fake, rows = draws.noise_fake, draws.generate
+        generate = Pass("generate", student, z_fake, one, 0 * one, cond[rows])
+        if self.image_free:  # guidance has to wait: the data of all rows are generated
             (F,) = run(draws.calls, generate, filler=filler)
-            data = data.index_copy(0, draws.generate, recover(z_fake, F, one)[0])
-            guide = self._guidance_pass(teacher, interpolate(data, z, t), cond, batch.null, draws)
+            data = data.index_copy(0, rows, recover(z_fake, F, one)[0])
+        x_t = interpolate(data, z, t)
+        guide = _guidance_pass(teacher, x_t, cond, batch.null, draws)
+        if self.image_free:
             (F_guide,) = run(draws.calls, guide, filler=filler)
         else:
-            guide = self._guidance_pass(teacher, interpolate(data, z, t), cond, batch.null, draws)
             F, F_guide = run(draws.calls, generate, guide, filler=filler)
-            data = data.index_copy(0, draws.generate, recover(z_fake, F, one)[0])
+            data = data.index_copy(0, rows, recover(z_fake, F, one)[0])
         x_t, v = interpolate(data, z, t), z - data
         v_star = self._enhanced(v, F_guide, draws.guide)
 
@@ -247,22 +239,6 @@ class TwinFlow:
         total = total + self.rectify_weight * rectified.sum() / max(1, draws.counts["generator"])
         return Loss(total=total, metrics=_metrics(draws, total, base, rectified, residual, delta_v))
 
-    def _guidance_pass(
-        self, teacher: Velocity, x_t: Tensor, cond: Condition, null: Condition, draws: Draws
-    ) -> Pass:
-        """Ask the teacher on the diagonal, with the condition and with the null prompt."""
-        rows, t = draws.guide, draws.t[draws.guide]
-        twice = torch.cat([t, t])
-        both = Condition.cat([cond[rows], _nulls(null, rows)])
-        return Pass(
-            name="guide",
-            network=teacher,
-            x_t=x_t[rows].repeat(2, *[1] * (x_t.ndim - 1)),
-            t=twice,
-            r=twice,
-            cond=both,
-        )
-
     def _enhanced(self, v: Tensor, F_guide: Tensor, rows: Tensor) -> Tensor:
         """Return the target velocity v* with guidance built in."""
         F_cond, F_null = F_guide.chunk(2)
@@ -293,7 +269,7 @@ class TwinFlow:
         fractions = torch.nn.functional.pad(fractions, (0, 1), value=1.0)
         for i in range(max(1, self.order)):
             now, then = (torch.lerp(later, r, fractions[:, k]) for k in (i, i + 1))
-            leap = Pass(name="recurse", network=network, x_t=x, t=now, r=then, cond=cond_rows)
+            leap = Pass("recurse", network, x, now, then, cond_rows)
             F, *pair = run(draws.calls, leap, *([rectify] if i == 0 else []), filler=filler)
             F_pair = pair[0] if pair else F_pair
             S = S + expand(now - then, x) * F
@@ -324,16 +300,6 @@ class TwinFlow:
         )
 
 
-def _in(key: str, value: float, good: bool, allowed: str) -> None:
-    if not good:
-        raise ValueError(f"objective.{key} must be {allowed}, got {value}")
-
-
-def _nulls(null: Condition, rows: Tensor) -> Condition:
-    """Return the null condition of some rows: each its own, or the one that all share."""
-    return null.expand(len(rows)) if len(null) == 1 else null[rows]
-
-
 def _conditions(batch: Batch, draws: Draws) -> Condition:
     """Return each row's condition, the null prompt for unconditional rows."""
     index = torch.arange(len(batch), device=draws.unconditional.device)
@@ -341,19 +307,22 @@ def _conditions(batch: Batch, draws: Draws) -> Condition:
     return Condition.cat([batch.cond, batch.null])[torch.where(draws.unconditional, null, index)]
 
 
+def _guidance_pass(
+    teacher: Velocity, x_t: Tensor, cond: Condition, null: Condition, draws: Draws
+) -> Pass:
+    """Ask the teacher on the diagonal, with the condition and with the null prompt."""
+    rows, t = draws.guide, draws.t[draws.guide]
+    nulls = null.expand(len(rows)) if len(null) == 1 else null[rows]
+    x_t, t = torch.cat([x_t[rows], x_t[rows]]), torch.cat([t, t])
+    return Pass("guide", teacher, x_t, t, t, Condition.cat([cond[rows], nulls]))
+
+
 def _rectification_pass(student: Velocity, x_hat: Tensor, cond: Condition, draws: Draws) -> Pass:
     """Ask the real and the fake velocity at noised one-step samples of the generator rows."""
     rows, tau = draws.rectify, draws.tau
     x_tau = interpolate(x_hat[rows], draws.noise_rectify, tau)
-    times = torch.cat([tau, -tau])
-    return Pass(
-        name="rectify",
-        network=student,
-        x_t=torch.cat([x_tau, x_tau]),
-        t=times,
-        r=times,
-        cond=Condition.cat([cond[rows], cond[rows]]),
-    )
+    x_tau, times = torch.cat([x_tau, x_tau]), torch.cat([tau, -tau])
+    return Pass("rectify", student, x_tau, times, times, Condition.cat([cond[rows], cond[rows]]))
 
 
 def _metrics(

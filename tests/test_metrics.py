@@ -1,0 +1,208 @@
+"""Where numbers go: whole lines in a file, cut where a run continues, and W&B without secrets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import Tiny, lines, tiny
+from twinflow_train.dist import World
+from twinflow_train.metrics import NoTracking, Sink, Tracking, WandB, cut, open_log
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+SECRETS = ("s3cret-user", "s3cret-word", "s3cret-token", "s3cret-sign")
+URL = "https://s3cret-user:s3cret-word@host.example/base?token=s3cret-token&X-Signature=s3cret-sign"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny(tmp_path_factory)
+
+
+def opened(folder: Path, *, step: int = 0, every: int = 1, world: World = ALONE,
+           tracking: Tracking | None = None) -> Any:  # fmt: skip
+    return open_log(
+        tracking or NoTracking(), name="test", folder=folder, config={}, world=world,
+        step=step, steps=9, every=every,
+    )  # fmt: skip
+
+
+def write(path: Path, *steps: int, end: str = "") -> None:
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps) + end)
+
+
+def kept(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+# Cutting
+
+
+@pytest.mark.parametrize(
+    ("step", "left"), [(0, []), (1, [0, 0]), (2, [0, 0, 1]), (3, [0, 0, 1, 2]), (9, [0, 0, 1, 2])]
+)
+def test_lines_from_a_step_on_are_cut(tmp_path: Path, step: int, left: list[int]) -> None:
+    write(tmp_path / "m.jsonl", 0, 0, 1, 2)
+    cut(tmp_path / "m.jsonl", step)
+    assert kept(tmp_path / "m.jsonl") == left
+    assert [path.name for path in tmp_path.iterdir()] == ["m.jsonl"]
+
+
+@pytest.mark.parametrize("end", ['{"step": 2, "lo', '{"step": 2}', "\0\0\0", "\n"])
+def test_a_damaged_end_is_dropped(tmp_path: Path, end: str) -> None:
+    write(tmp_path / "m.jsonl", 0, 1, end=end)
+    cut(tmp_path / "m.jsonl", 9)
+    assert kept(tmp_path / "m.jsonl") == [0, 1]
+
+
+def test_bytes_that_are_no_text_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step": 0}\n{"step": 1, "\xff\xfe')
+    cut(path, 9)
+    assert kept(path) == [0]
+
+
+def test_there_may_be_nothing_to_cut(tmp_path: Path) -> None:
+    cut(tmp_path / "m.jsonl", 3)
+    assert not (tmp_path / "m.jsonl").exists()
+
+
+# Writing
+
+
+def test_a_log_continues_where_the_run_stands(tmp_path: Path) -> None:
+    with opened(tmp_path) as log:
+        for step in range(4):
+            log.stepped(step, 8 * step, {"loss/total": float(step)})
+    with opened(tmp_path, step=2) as log:
+        log.write(2, 16, {"eval/x": 0.5})
+        log.stepped(2, 16, {"loss/total": 7.0})
+    assert [(line["step"], line.get("loss/total")) for line in lines(tmp_path)] == [
+        *((0, 0.0), (1, 1.0), (2, None), (2, 7.0))
+    ]
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    with opened(tmp_path) as log:
+        log.write(0, 0, {"a": 1.0})
+        assert lines(tmp_path) == [{"step": 0, "samples": 0, "a": 1.0}]
+
+
+@pytest.mark.parametrize(("every", "left"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (0, [])])
+def test_only_every_so_many_steps_are_written(tmp_path: Path, every: int, left: list[int]) -> None:
+    with opened(tmp_path, every=every) as log:
+        for step in range(5):
+            log.stepped(step, step, {})
+    assert kept(tmp_path / "metrics.jsonl") == left
+
+
+def test_what_is_not_finite_is_still_json(tmp_path: Path) -> None:
+    """NaN and Infinity are no JSON: other languages' readers stop at such a line."""
+
+    def no(constant: str) -> float:
+        raise AssertionError(f"{constant} is not JSON")
+
+    with opened(tmp_path) as log:
+        log.write(0, 0, {"a": float("nan"), "b": float("inf"), "c": 1.0})
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=no)
+    assert line["c"] == 1.0
+
+
+def test_only_the_main_process_writes(tmp_path: Path) -> None:
+    other = World(rank=1, size=2, device=torch.device("cpu"))
+    with opened(tmp_path, world=other) as log:
+        log.write(0, 0, {"a": 1.0})
+        log.stepped(0, 0, {})
+        log.tell("nothing")
+        log.picture(0, "samples", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tracker_gets_all_that_the_file_gets(tmp_path: Path) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    class Spy(Sink):
+        def write(self, step: int, values: Any) -> None:
+            seen.append((step, dict(values)))
+
+        def picture(self, step: int, name: str, path: Path) -> None:
+            seen.append((step, name, path.name))
+
+        def close(self) -> None:
+            seen.append(("closed",))
+
+    class Spying(Tracking):
+        def open(self, **_: Any) -> Sink:
+            return Spy()
+
+    (tmp_path / "a.png").write_bytes(b"")
+    with opened(tmp_path, tracking=Spying()) as log:
+        log.stepped(0, 0, {"a": 1.0})
+        log.picture(1, "samples", tmp_path / "a.png")
+        log.picture(1, "samples", tmp_path / "none.png")
+    assert seen == [(0, {"a": 1.0}), (1, "samples", "a.png"), ("closed",)]
+
+
+def test_modes_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"tracking\.mode must be offline, online or disabled"):
+        WandB(mode="sometimes")
+
+
+# A real run with W&B, from a base at a path that is a URL with credentials
+
+
+@pytest.fixture(scope="module")
+def tracked(run: Tiny) -> tuple[Path, str]:
+    """Train two steps, tracked; give back the run's folder and what it printed."""
+    base = run.folder / Path(URL)  # relative, as the program understands it
+    if not base.exists():
+        shutil.copytree(run.folder / "base", base)
+    folder = run.folder / "tracked"
+    words = [word for word in run.words(folder) if not word.startswith("tracking")]
+    more = ("tracking=wandb", f"init_from='{URL}'", "name='$(touch made); `x` ${seed} \"q\"'")
+    ended = run.program.run(*words, *more, "steps=2")
+    assert ended.code == 0, ended.err
+    return folder, ended.out + ended.err
+
+
+def test_a_tracked_run_leaves_a_wandb_run_to_sync(tracked: tuple[Path, str]) -> None:
+    (file,) = (tracked[0] / "wandb").glob("offline-run-*/run-*.wandb")
+    data = file.read_bytes()
+    for word in (b"loss/total", b"eval/ema/nfe1/frechet", b"teacher_decay", b"twinflow"):
+        assert word in data
+    assert len(list(file.parent.rglob("*.png"))) == 2
+
+
+def test_no_file_and_no_line_holds_credentials(tracked: tuple[Path, str]) -> None:
+    folder, printed = tracked
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    found = [
+        f"{secret}: {path.relative_to(folder)}"
+        for path in files
+        for secret in SECRETS
+        if secret.encode() in path.read_bytes()
+    ]
+    assert not found, "\n".join(found)
+    assert not [secret for secret in SECRETS if secret in printed]
+    assert "host.example" in (folder / "manifest.json").read_text()
+
+
+def test_a_name_is_only_a_name(run: Tiny, tracked: tuple[Path, str]) -> None:
+    assert not list(run.folder.rglob("made"))
+    manifest = json.loads((tracked[0] / "manifest.json").read_text())
+    assert manifest["config"]["name"] == '$(touch made); `x` 0 "q"'
+
+
+def test_errors_do_not_print_credentials(run: Tiny, tmp_path: Path) -> None:
+    url = URL.replace("/base", "/missing")
+    for key in ("data.path", "data.heldout", "init_from", "evals.judge", "model.layers"):
+        ended = run.program.run(*run.words(tmp_path / "run"), f"{key}='{url}'")
+        assert ended.code == 2, ended.err
+        assert len(ended.errors) == 1, ended.err
+        assert not [secret for secret in SECRETS if secret in ended.out + ended.err], key

@@ -1,0 +1,235 @@
+"""The command line and what becomes of it: composed, refused in one line, described, frozen."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import hydra
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+
+from tests.program import refused
+from tests.tiny import Tiny, tiny, write
+from twinflow_train.dist import World
+from twinflow_train.errors import UserError
+from twinflow_train.launch import compose
+from twinflow_train.run import GROUPS, Run, register
+
+CONF = Path(__file__).parent.parent / "conf"
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+FROZEN = Path(__file__).parent / "frozen_options.txt"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny(tmp_path_factory)
+
+
+def composed(*words: str) -> Run:
+    """Compose in this process what the command line would give."""
+    register()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose(hydra.compose("train", overrides=list(words)))
+
+
+# What there is
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes(name: str) -> None:
+    found = composed(f"experiment={name}", "steps=2")
+    assert isinstance(found, Run)
+    assert found.steps == 2
+
+
+def test_experiments_hold_what_their_names_say() -> None:
+    base, ours = composed("experiment=digits_flow"), composed("experiment=digits_twinflow")
+    assert (base.name, ours.name) == ("digits_flow", "digits_twinflow")
+    assert ours.init_from == f"{base.folder}/export"
+    assert base.model == ours.model
+    assert base.objective.order == 0 < ours.objective.order
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(group, option) for group in GROUPS for option in GROUPS[group]]
+)
+def test_every_option_of_every_group_composes(group: str, option: str) -> None:
+    needed = ("steps=1", "batch=8", "micro_batch=8", "data.path=a", "data.heldout=b")
+    assert composed(f"{group}={option}", *needed).__dict__[group] == (
+        GROUPS[group][option] if group != "data" else composed(*needed).data
+    )
+
+
+def options() -> Iterator[str]:
+    """List every group's options and every key, also those of the things in lists."""
+    yield from (f.name for f in fields(Run) if f.name not in GROUPS)
+    for group, found in GROUPS.items():
+        yield from (f"{group}={option}" for option in found)
+        yield from dict.fromkeys(
+            key for option in found.values() for key in keys(type(option), group)
+        )
+
+
+def keys(kind: type, prefix: str) -> Iterator[str]:
+    """List the keys of a dataclass."""
+    hints = get_type_hints(kind)
+    for f in fields(kind):
+        inner, name = hints[f.name], f"{prefix}.{f.name}"
+        if get_args(inner) and is_dataclass(element := get_args(inner)[0]):
+            inner, name = element, f"{name}[]"
+        if is_dataclass(inner):
+            assert isinstance(inner, type)
+            yield from keys(inner, name)
+        else:
+            yield name
+
+
+def test_the_options_are_those_that_were_agreed_on() -> None:
+    """TWINFLOW_RECORD=1 writes the list anew: only for an option that cannot be a constant."""
+    found = list(options())
+    if os.environ.get("TWINFLOW_RECORD") == "1":
+        FROZEN.write_text("\n".join(found) + "\n")
+    frozen = FROZEN.read_text().split()
+    new, gone = [key for key in found if key not in frozen], set(frozen) - set(found)
+    assert not new, f"new options: {new}. If none can be a constant, add to {FROZEN.name}"
+    assert not gone, f"options that are gone: {sorted(gone)}. Remove them from {FROZEN.name}"
+    assert found == frozen
+
+
+def test_help_is_for_people(run: Tiny) -> None:
+    ended = run.program.run("--help")
+    assert (ended.code, ended.err) == (0, "")
+    text = ended.out.splitlines()
+    assert len(text) < 150
+    assert max(map(len, text)) <= 120
+    listed = {line.strip() for line in text}
+    for group, found in GROUPS.items():
+        assert f"{group}: {', '.join(sorted(found))}" in listed
+    written = {line.strip().partition(":")[0] for line in text}
+    assert {f.name for f in fields(Run)} <= written
+    assert {"lr", "guidance", "precision", "layers"} <= written
+    assert "python -m twinflow_train.train experiment=digits_twinflow" in listed
+
+
+def test_cfg_job_prints_the_configuration_and_makes_nothing(run: Tiny, tmp_path: Path) -> None:
+    ended = run.program.run(*run.words(tmp_path / "run"), "--cfg", "job")
+    assert (ended.code, ended.err) == (0, "")
+    assert "micro_batch: 4" in ended.out.splitlines()
+    assert not (tmp_path / "run").exists()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("stepz=3", ["'stepz'", "did you mean 'steps'", "micro_batch"]),
+        ("objective.time_weigth=1", ["'objective.time_weigth'", "'time_weight'"]),
+        ("evals.samplers=[{step: 1}]", ["'step'", "'steps'"]),
+        ("+extra=1", ["unknown key", "extra"]),
+        ("+objective.extra=1", ["unknown key", "objective.extra"]),
+        ("steps=abc", ["steps", "abc", "Integer"]),
+        ("seed=1.5", ["seed", "1.5", "Integer"]),
+        ("name=null", ["name", "not Optional"]),
+        ("objective.shares=1", ["objective.shares", "Shares"]),
+        ("engine.precision=fp8", ["engine.precision", "fp8", "fp32, bf16"]),
+        ("resume=maybe", ["resume", "maybe", "auto, must, never"]),
+        ("steps=0", ["steps must be at least 1", "0"]),
+        ("log_every=-1", ["log_every must be 0 or more", "-1"]),
+        ("optim.lr=-1", ["optim.lr must be positive", "-1"]),
+        ("optim.lr=nan", ["optim.lr must be positive", "nan"]),
+        ("optim.betas=[0.9]", ["optim.betas must be two numbers in [0, 1)"]),
+        ("evals.samplers=[{steps: 0}]", ["sampler", "steps", "at least 1"]),
+        ("data.window=0", ["data.window", "1..256"]),
+        ("batch=10", ["batch = 10", "micro_batch = 4"]),
+        ("objective.shares.fake=0.001", ["objective.shares.fake", "batch = 8"]),
+        ("model=nope", ["model", "nope", "qwen_image"]),
+        ("experiment=nope", ["experiment", "nope", "digits_flow digits_twinflow"]),
+        ("batch=???", ["batch has no value"]),
+        ("data.path=???", ["data.path has no value"]),
+        ("folder=${nope}", ["folder", "nope"]),
+        ("steps", ["steps"]),
+        ("=3", ["=3"]),
+        ("~steps", ["steps"]),
+        ("name=$(touch made)", ["name"]),
+    ],
+)
+def test_bad_words_are_one_line(run: Tiny, tmp_path: Path, change: str, words: list[str]) -> None:
+    refused(run.program.run(*run.words(tmp_path / "run"), change), *words)
+    assert not (tmp_path / "run").exists()
+    assert not list(run.folder.glob("made*"))
+
+
+def test_without_any_word_it_asks_for_one(run: Tiny) -> None:
+    refused(run.program.run(), "has no value: give ")
+
+
+def test_of_several_ranks_one_speaks_or_each_says_its_name(run: Tiny, tmp_path: Path) -> None:
+    for change in ("steps=abc", "steps=0", "stepz=1"):
+        ended = run.program.run_group(2, *run.words(tmp_path / "run"), change)
+        assert [one.code for one in ended] == [2, 2]
+        said = [line for one in ended for line in one.err.splitlines()]
+        assert len(said) == 1 or all("rank" in line for line in said), said
+
+
+# What a configuration says of itself
+
+
+def test_the_configuration_is_plain_json(run: Tiny) -> None:
+    config = composed(*run.words("out")).config()
+    assert json.loads(json.dumps(config, allow_nan=False)) == config
+    assert config["model"] == {
+        "_type": "QwenImage", "layers": 1, "heads": 2, "head_dim": 8, "text_width": 8,
+        "channels": 1, "patch": 7, "rope": [2, 2, 4],
+    }  # fmt: skip
+    assert config["resume"] == "auto"
+    assert config["evals"]["samplers"][1]["stochasticity"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["model.layers=2", "objective.delta=0.02", "objective=twinflow_paper", "seed=1", "batch=16",
+     "init_from=null", "data.window=2"],
+)  # fmt: skip
+def test_the_identity_changes_with_what_defines_the_run(run: Tiny, change: str) -> None:
+    ours, theirs = composed(*run.words("out")), composed(*run.words("out"), change)
+    assert ours.identity() != theirs.identity()
+
+
+def test_the_identity_is_of_the_data_and_not_of_their_folder(run: Tiny, tmp_path: Path) -> None:
+    def identity(*rows: int, note: str = "") -> dict[str, Any]:
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        write(folder, range(*rows), note=note)
+        return composed(*run.words("out"), f"data.path={folder}").identity()
+
+    first = identity(0, 100, 10)
+    assert identity(0, 100, 10) == first
+    assert identity(0, 90, 10) != first
+    assert identity(0, 100, 10, note=".") != first
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["steps=99", "name=other", "folder=other", "micro_batch=8", "optim.lr=1", "save_every=1",
+     "data.prefetch=0", "engine.recompute=1", "evals=none", "resume=never"],
+)  # fmt: skip
+def test_the_identity_stays_with_what_does_not(run: Tiny, change: str) -> None:
+    words = [word for word in run.words("out") if not word.startswith("evals.")]
+    assert composed(*words).identity() == composed(*words, change).identity()
+
+
+def test_a_batch_is_dealt_to_the_ranks_or_refused(run: Tiny) -> None:
+    found = composed(*run.words("out"), "batch=24")
+    for ranks, micro_steps in ((1, 6), (2, 3), (3, 2), (6, 1)):
+        world = World(rank=0, size=ranks, device=torch.device("cpu"))
+        assert found.deal(world).micro_steps == micro_steps
+    with pytest.raises(UserError, match=r"batch = 24 does not divide by .* 4 x 4"):
+        found.deal(World(rank=0, size=4, device=torch.device("cpu")))
