@@ -35,8 +35,8 @@ def train(run: Run) -> int:
     """
     with ExitStack() as stack:
         world = stack.enter_context(dist.start())
+        run.check(world)
         folder = stack.enter_context(run_folder(run.folder, world))
-        heldout = run.data.held_out()
         engine = run.shard(world)
         progress = Progress()
         saves = run.checkpoints(folder, engine, progress, world)
@@ -57,7 +57,7 @@ def train(run: Run) -> int:
                 found = evaluate(
                     run.evals,
                     engine.networks(),
-                    heldout=heldout,
+                    heldout=run.data.held_out(),
                     folder=folder / "samples",
                     step=progress.step,
                     world=world,

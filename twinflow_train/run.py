@@ -113,12 +113,15 @@ class Run:
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def shard(self, world: World) -> Sharded:
-        """Build the sharded student and its teacher, if they fit the data."""
+    def check(self, world: World) -> None:
+        """Refuse, before anything is written, what does not fit together: UserError."""
+        self.deal(world)
         self.evals.check(self.data.held_out())
         form = self.data.train().manifest.form
         self.model.check(form.latent_shape, form.text_width)
-        self.deal(world)
+
+    def shard(self, world: World) -> Sharded:
+        """Build the sharded student and its teacher."""
         decay = self.objective.teacher_decay
         return self.engine.shard(
             self.model, self.weights(), optim=self.optim, decay=decay, world=world
