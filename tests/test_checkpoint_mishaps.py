@@ -384,7 +384,8 @@ def one_file_of_two(world: World, top: Path) -> dict[str, Resumed]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    found: list[dict[str, Any]] = spawn(everything, 1, tmp_path_factory.mktemp("mishaps"))
+    top = tmp_path_factory.mktemp("mishaps")
+    found: list[dict[str, Any]] = spawn(everything, 1, top, timeout_seconds=500)
     return found[0]
 
 
@@ -414,7 +415,7 @@ def test_no_flipped_bit_in_a_seal_goes_unseen_or_stops_a_run(found: dict[str, An
 
 
 def test_damage_that_one_rank_sees_is_seen_by_all(tmp_path: Path) -> None:
-    for rank in spawn(one_file_of_two, 2, tmp_path):
+    for rank in spawn(one_file_of_two, 2, tmp_path, timeout_seconds=300):
         for resumed in rank.values():
             assert resumed.is_whole(1), resumed
             assert "step-00000002" in resumed.warnings[0]

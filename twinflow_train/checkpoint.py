@@ -27,6 +27,7 @@ from twinflow_train.engines.base import Sharded, Span
 from twinflow_train.errors import UserError
 
 VERSION = 1
+SEAL = "COMPLETE"
 log = logging.getLogger(__name__)
 
 
@@ -92,12 +93,18 @@ class Checkpoints:
         """
         for path in self._newest_first():
             index = _index(path)
-            if self._damaged(path, index):
+            if path.suffix or self._damaged(path, index):
                 log.warning("skipping %s: incomplete or damaged", path)
                 continue
             assert index is not None
             _refuse_other(path, index["run"], self.identity)
-            for span in self.engine.spans():
+            spans = list(self.engine.spans())
+            if extra := sorted(index["tensors"].keys() - {_key(span) for span in spans}):
+                raise UserError(
+                    f"{path} is a checkpoint of another model: it has {len(extra)} tensors too "
+                    f"many: {', '.join(extra[:10])}"
+                )
+            for span in spans:
                 _read(path, index, span)
             self.engine.restored(index["updates"])
             self.progress.__dict__.update(index["progress"])
@@ -134,7 +141,7 @@ class Checkpoints:
 
     def _newest_first(self) -> list[Path]:
         """List checkpoint folders; every rank gets rank 0's list."""
-        names = sorted((p.name for p in self.folder.glob("step-????????")), reverse=True)
+        names = sorted((p.name for p in self.folder.glob("step-????????*")), reverse=True)
         shared: list[str] = json.loads(self.world.gather_texts(json.dumps(names))[0])
         return [self.folder / name for name in shared]
 
@@ -148,13 +155,14 @@ class Checkpoints:
         )
 
     def _forget_old(self) -> None:
-        """Remove all but the newest whole checkpoints, and what dead processes left half done."""
-        whole = [p for p in sorted(self.folder.glob("step-????????")) if _index(p) is not None]
-        kept = {p.name for p in whole[-self.keep :]}
+        """Remove all but the newest checkpoints up to this step, and what is only half written."""
+        present = sorted(self.folder.glob("step-????????"))
+        now = f"step-{self.progress.step:08d}"
+        whole = [p.name for p in present if p.name <= now and _index(p) is not None]
         for old in self.folder.glob("step-*"):
-            if old.name not in kept:
+            if old.name not in whole[-self.keep :] and (old.suffix or old.name <= now):
                 # Unsealed first: killed in between, it is no checkpoint any more.
-                (old / "COMPLETE").unlink(missing_ok=True)
+                (old / SEAL).unlink(missing_ok=True)
                 shutil.rmtree(old)
 
 
@@ -171,21 +179,24 @@ def _key(span: Span) -> str:
 def _write_index(folder: Path, index: dict[str, Any]) -> None:
     path = folder / "index.json"
     path.write_text(json.dumps(index))
-    (folder / "COMPLETE").write_text(json.dumps({"version": VERSION, "index": sha256(path)}))
+    (folder / SEAL).write_text(_seal(path.read_bytes()))
+
+
+def _seal(index: bytes) -> str:
+    return json.dumps({"index": hashlib.sha256(index).hexdigest()})
 
 
 def _index(folder: Path) -> dict[str, Any] | None:
-    """Read a checkpoint's index, None if it was not written to its end."""
+    """Read a checkpoint's index, None if it was not written to its end or has been changed."""
     try:
-        seal = json.loads((folder / "COMPLETE").read_text())
-        text = (folder / "index.json").read_bytes()
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        seal, text = (folder / SEAL).read_bytes(), (folder / "index.json").read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    if seal.get("version", 0) > VERSION:
-        raise UserError(f"{folder} is of format {seal['version']}; this program reads {VERSION}")
-    if hashlib.sha256(text).hexdigest() != seal.get("index"):
+    if seal != _seal(text).encode():
         return None
     index: dict[str, Any] = json.loads(text)
+    if index["version"] > VERSION:
+        raise UserError(f"{folder} is of format {index['version']}; this program reads {VERSION}")
     return index
 
 

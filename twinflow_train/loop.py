@@ -69,7 +69,7 @@ def train(run: Run) -> int:
             values = learn(run, engine, steps, progress.step, world)
             log.stepped(progress.step, progress.samples, values)
             progress.advance(run.batch)
-        if not done:
+        if stop:
             log.tell(f"interrupted after step {progress.step}; start again to continue")
             return INTERRUPTED
         export(run, engine, folder / "export", world)

@@ -181,7 +181,7 @@ def results(ranks: int) -> list[Found]:
     with pytest.MonkeyPatch.context() as env:
         if ranks > 1:  # one process has checked the shapes; checks are half of the time
             env.setenv("TWINFLOW_TYPE_HOOK", "0")
-        found: list[Found] = spawn(everything, ranks)
+        found: list[Found] = spawn(everything, ranks, timeout_seconds=500)
     return found
 
 

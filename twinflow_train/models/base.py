@@ -6,13 +6,14 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -101,7 +102,8 @@ def freeze_unused(net: VelocityNet, *inputs: object) -> list[str]:
     Costs nothing on meta. An optimizer with a parameter that never gets a gradient keeps no state
     for it and cannot be restored, and a sharded reduction of it is wasted.
     """
-    net(*inputs).float().sum().backward()
+    with torch.enable_grad():
+        net(*inputs).float().sum().backward()
     unused = []
     for name, parameter in net.named_parameters():
         if parameter.grad is None:
@@ -160,7 +162,7 @@ class StoredWeights:
             raise UserError(
                 f"init_from: {self.folder} has no tensor {name!r}: other model or damaged folder"
             )
-        with safe_open(self.folder / self.files[name], framework="pt") as file:
+        with _opened(self.folder / self.files[name]) as file:
             stored = file.get_slice(name)
             if tuple(stored.get_shape()) != tuple(shape):
                 raise UserError(
@@ -188,7 +190,7 @@ def _check_config(folder: Path, config: dict[str, object]) -> None:
         raise UserError(
             f"init_from: {folder} has no config.json; give a diffusers folder or an export of a run"
         )
-    stored = json.loads(path.read_text())
+    stored = _json(path)
     for key, value in config.items():
         there = stored.get(key, value)
         if json.dumps(there) != json.dumps(value):
@@ -201,13 +203,34 @@ def _check_config(folder: Path, config: dict[str, object]) -> None:
 def _weight_map(folder: Path) -> dict[str, str]:
     index = folder / f"{WEIGHTS}.safetensors.index.json"
     if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        weight_map: dict[str, str] = _json(index)["weight_map"]
         return weight_map
     single = folder / f"{WEIGHTS}.safetensors"
     if not single.is_file():
         raise UserError(f"init_from: {folder} has no {single.name} and no {index.name}")
-    with safe_open(single, framework="pt") as file:
+    with _opened(single) as file:
         return dict.fromkeys(file.keys(), single.name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; UserError if it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UserError(
+            f"init_from: {path} is missing or damaged ({error}); get it anew"
+        ) from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; UserError if it is damaged."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"init_from: {path} is damaged ({error}); get it anew") from error
+    return found
 
 
 def save_folder(

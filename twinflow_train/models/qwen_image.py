@@ -67,6 +67,10 @@ class QwenImage(Model):
             "num_attention_heads": self.heads,
             "joint_attention_dim": self.text_width,
             "axes_dims_rope": list(self.rope),
+            "guidance_embeds": False,
+            "zero_cond_t": False,
+            "use_additional_t_cond": False,
+            "use_layer3d_rope": False,
         }
 
     def build(self) -> QwenImageNet:
@@ -179,4 +183,4 @@ def unpack(
     b, _, size = tokens.shape
     c = size // patch**2
     x = tokens.reshape(b, height, width, c, patch, patch).permute(0, 3, 1, 4, 2, 5)
-    return x.reshape(b, c, height * patch, width * patch)
+    return x.reshape(b, c, height * patch, width * patch).contiguous()
