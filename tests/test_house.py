@@ -13,7 +13,7 @@ import pytest
 TOP = Path(__file__).parent.parent
 PACKAGE = TOP / "twinflow_train"
 PRINTERS = (
-    "metrics", "reporting", "run",
+    "metrics", "reporting", "launch",
     "train", "prepare", "sample", "evaluate", "report", "export", "plan",
 )  # fmt: skip
 """Who talks to the user: entry points and what they share, reports, the log. The rest returns or

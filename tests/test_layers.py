@@ -13,7 +13,7 @@ PACKAGE = "twinflow_train"
 ROOT = Path(__file__).parent.parent / PACKAGE
 
 LAYERS = (
-    ("errors", "scrub", "rng", "batch", "dist"),
+    ("errors", "scrub", "rng", "batch", "dist", "deal", "passes"),
     ("flow",),
     ("models", "data", "objectives"),
     ("engines",),

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from twinflow_train.deal import Deal
 from twinflow_train.objectives import presets
-from twinflow_train.objectives.roles import Deal, Shares
+from twinflow_train.objectives.roles import Shares
 from twinflow_train.objectives.twinflow import TwinFlow
 from twinflow_train.planner import Cost, cost
 

@@ -13,7 +13,7 @@ from jaxtyping import install_import_hook
 
 HOOKED = tuple(
     f"twinflow_train.{name}"
-    for name in ("batch", "rng", "dist", "flow", "models", "data", "objectives")
+    for name in ("batch", "rng", "dist", "deal", "passes", "flow", "models", "data", "objectives")
 )
 ACTIVE = os.environ.get("TWINFLOW_TYPE_HOOK", "1") != "0"
 

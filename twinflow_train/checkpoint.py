@@ -179,11 +179,13 @@ def _key(span: Span) -> str:
 def _write_index(folder: Path, index: dict[str, Any]) -> None:
     path = folder / "index.json"
     path.write_text(json.dumps(index))
-    (folder / SEAL).write_text(_seal(path.read_bytes()))
+    (folder / SEAL).write_bytes(_seal(path.read_bytes()))
 
 
-def _seal(index: bytes) -> str:
-    return json.dumps({"index": hashlib.sha256(index).hexdigest()})
+def _seal(index: bytes) -> bytes:
+    """Return what says that an index, of the version it names, was written to its end."""
+    seal = {"version": json.loads(index)["version"], "index": hashlib.sha256(index).hexdigest()}
+    return json.dumps(seal).encode()
 
 
 def _index(folder: Path) -> dict[str, Any] | None:
@@ -192,7 +194,7 @@ def _index(folder: Path) -> dict[str, Any] | None:
         seal, text = (folder / SEAL).read_bytes(), (folder / "index.json").read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if seal != _seal(text).encode():
+    if hashlib.sha256(text).hexdigest().encode() not in seal or seal != _seal(text):
         return None
     index: dict[str, Any] = json.loads(text)
     if index["version"] > VERSION:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twinflow_train.batch import Batch, Condition, Times
-from twinflow_train.objectives.roles import Deal
+from twinflow_train.deal import Deal
 from twinflow_train.objectives.twinflow import TwinFlow
 
 

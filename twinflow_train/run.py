@@ -15,17 +15,16 @@ from omegaconf import MISSING, OmegaConf
 
 from twinflow_train.checkpoint import Checkpoints, Progress, sha256
 from twinflow_train.data.loader import Shards
+from twinflow_train.deal import Deal
 from twinflow_train.dist import World
 from twinflow_train.engines.base import Engine, Sharded
 from twinflow_train.engines.fsdp2 import FSDP2
 from twinflow_train.engines.optim import AdamW, Optim
-from twinflow_train.errors import UserError
 from twinflow_train.evals.suite import Digits, Evals, NoEvals
 from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
 from twinflow_train.models.base import Model, Weights
 from twinflow_train.models.qwen_image import QwenImage
 from twinflow_train.objectives import presets
-from twinflow_train.objectives.roles import Deal
 from twinflow_train.objectives.twinflow import TwinFlow
 from twinflow_train.planner import cost
 from twinflow_train.scrub import scrub
@@ -106,12 +105,9 @@ class Run:
 
     def deal(self, world: World) -> Deal:
         """Divide the global batch among the ranks; UserError if it does not divide."""
-        try:
-            return Deal(
-                batch=self.batch, micro_batch=self.micro_batch, ranks=world.size, rank=world.rank
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        return Deal(
+            batch=self.batch, micro_batch=self.micro_batch, ranks=world.size, rank=world.rank
+        )
 
     def check(self, world: World) -> None:
         """Refuse, before anything is written, what does not fit together: UserError."""

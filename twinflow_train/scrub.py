@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 SECRET = re.compile(
-    r"(?i)(:/{1,2})[^/?#\s]+@|([?&][^=\s&]*(?:key|token|secret|sig|credential|password)[^=\s&]*=)[^&\s]+"
+    r"(?i)(:/{1,2})[^/?#\s]+@"
+    r"|([?&][^=\s&]*(?:key|token|secret|sig|credential|password)[^=\s&]*=)[^&\s]+"
 )
 
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from twinflow_train.batch import Batch, Condition
+from twinflow_train.deal import Deal
 from twinflow_train.dist import World
 from twinflow_train.engines.base import Precision, Sharded
 from twinflow_train.engines.fsdp2 import FSDP2
 from twinflow_train.engines.optim import AdamW
 from twinflow_train.models.base import RandomWeights, VelocityNet
 from twinflow_train.models.qwen_image import SECOND_EMBEDDER, QwenImage
-from twinflow_train.objectives.roles import Deal
 from twinflow_train.objectives.twinflow import TwinFlow
 from twinflow_train.rng import generator
 

@@ -11,8 +11,9 @@ from scipy.stats import kstest
 from torch import Tensor
 
 from tests.objectives.toys import LATENT, whole
+from twinflow_train.deal import Deal
 from twinflow_train.objectives.draws import Draws
-from twinflow_train.objectives.roles import Deal, Shares
+from twinflow_train.objectives.roles import Shares
 from twinflow_train.objectives.twinflow import TwinFlow
 
 FULL = TwinFlow(shares=Shares(direct=1), order=3, random_grid=True, null_share=0.5, time_alpha=0.7)

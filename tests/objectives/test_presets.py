@@ -116,7 +116,7 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
     ("order", {"order": 0}),
     ("order", {"order": 0, "shares": Shares(jump=0, direct=1)}),
 ]
-# Settings that would silently do nothing, or something that METHOD.md does not say.
+# Settings that would silently do nothing, or something that the method does not say.
 SILENT: list[tuple[str, dict[str, Any]]] = [
     ("guidance", {"guidance": float("inf"), "teacher_decay": 1.0}),
     ("rectify_weight", {"rectify_weight": float("inf")}),

@@ -13,10 +13,11 @@ from torch import Tensor
 from tests.helpers import spawn
 from tests.objectives.toys import gradients, network, part_of, step_of_rank, toy_batch
 from twinflow_train.batch import Condition, Times, Velocity
+from twinflow_train.deal import Deal
 from twinflow_train.dist import World
 from twinflow_train.errors import UserError
 from twinflow_train.objectives.presets import twinflow_image_free, twinflow_paper
-from twinflow_train.objectives.roles import Deal, Shares
+from twinflow_train.objectives.roles import Shares
 from twinflow_train.objectives.twinflow import Loss, TwinFlow
 
 ROLES = ("generator", "local", "jump", "direct", "fake")

@@ -1,4 +1,4 @@
-"""The loss: equal to METHOD.md row by row, with the fixed points that it must have."""
+"""The loss: equal to the equations row by row, with the fixed points that it must have."""
 
 import math
 import warnings
@@ -35,7 +35,7 @@ JUMPS = Shares(generator=0, local=0, fake=0)
 
 
 def plain(o: TwinFlow, student: Velocity, teacher: Velocity, batch: Batch, draws: Draws) -> Tensor:
-    """Compute the loss of a global batch as METHOD.md states it, one row at a time."""
+    """Compute the loss of a global batch as the paper states it, one row at a time."""
     role_of = {i: role for role, rows in draws.roles.items() for i in range(rows.start, rows.stop)}
     jumps = student if o.teacher_decay == 1 else teacher
     fresh, again = iter(draws.noise_fake.double()), zip(draws.noise_rectify, draws.tau, strict=True)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from twinflow_train.errors import UserError
+from twinflow_train.errors import check
 
 
 @dataclass(kw_only=True)
@@ -21,10 +21,9 @@ class Distance:
     c: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not 0 < self.c < float("inf"):
-            raise UserError(f"distance.c is {self.c}; it must be a positive number")
-        if not abs(self.alpha) < float("inf"):
-            raise UserError(f"distance.alpha is {self.alpha}; it must be a finite number")
+        finite = float("-inf") < self.alpha < float("inf")
+        rules = ("c", 0 < self.c < float("inf"), "positive"), ("alpha", finite, "finite")
+        check("distance", self, rules)
 
     def __call__(
         self, pred: Float[Tensor, "b *chw"], target: Float[Tensor, "b *chw"]

@@ -10,7 +10,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from twinflow_train.batch import Condition, Velocity
-from twinflow_train.errors import UserError
+from twinflow_train.errors import UserError, check
 from twinflow_train.flow.path import interpolate, jump, recover
 
 INFINITY = float("inf")
@@ -55,9 +55,7 @@ class Sampler:
     guidance_high: float = 1.0
 
     def __post_init__(self) -> None:
-        for key, value, good, allowed in self._rules():
-            if not good:
-                raise UserError(f"sampler.{key} is {value}; it must be {allowed}")
+        check("sampler", self, self._rules())
         if not (self.start_gap + self.end_gap < 1 and self.start_gap < 1 - self.end_gap):
             raise UserError(
                 f"sampler.start_gap is {self.start_gap} and sampler.end_gap is {self.end_gap}; "
@@ -70,29 +68,29 @@ class Sampler:
                 "length: choose exponents nearer to 1"
             )
 
-    def _rules(self) -> Iterator[tuple[str, object, bool, str]]:
-        """Yield (key, value, whether it is allowed, what is allowed)."""
+    def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        """Yield (key, whether its value is allowed, what is allowed)."""
         multi, noisy = self.style is Style.multi, bool(self.stochasticity) or self.sde
         low, high, exponents = self.guidance_low, self.guidance_high, self.kumaraswamy
         positive = len(exponents) == 3 and all(0 < e < INFINITY for e in exponents)
         heun = multi and not noisy and not self.extrapolation
         number, neutral = 0 <= self.guidance < INFINITY, self.guidance == 1
-        yield "steps", self.steps, self.steps >= 1, "at least 1"
-        yield "stochasticity", self.stochasticity, 0 <= self.stochasticity <= 1, "in [0, 1]"
-        yield "extrapolation", self.extrapolation, 0 <= self.extrapolation <= 1, "in [0, 1]"
-        yield "kumaraswamy", exponents, positive, "three positive numbers"
-        yield "start_gap", self.start_gap, 0 <= self.start_gap < 1, "in [0, 1)"
-        yield "end_gap", self.end_gap, 0 <= self.end_gap < 1, "in [0, 1)"
-        yield "sde", self.sde, not self.sde or multi, "false unless sampler.style is multi"
+        yield "steps", self.steps >= 1, "at least 1"
+        yield "stochasticity", 0 <= self.stochasticity <= 1, "in [0, 1]"
+        yield "extrapolation", 0 <= self.extrapolation <= 1, "in [0, 1]"
+        yield "kumaraswamy", positive, "three positive numbers"
+        yield "start_gap", 0 <= self.start_gap < 1, "in [0, 1)"
+        yield "end_gap", 0 <= self.end_gap < 1, "in [0, 1)"
+        yield "sde", not self.sde or multi, "false unless sampler.style is multi"
         allowed = "0 with sampler.sde, which chooses it"
-        yield "stochasticity", self.stochasticity, not (self.sde and self.stochasticity), allowed
-        yield "order", self.order, self.order in (1, 2), "1 or 2"
+        yield "stochasticity", not (self.sde and self.stochasticity), allowed
+        yield "order", self.order in (1, 2), "1 or 2"
         allowed = "1 unless sampler.style is multi, sde false, stochasticity and extrapolation 0"
-        yield "order", self.order, self.order == 1 or heun, allowed
-        yield "guidance", self.guidance, number, "a number from 0 on"
-        yield "guidance", self.guidance, neutral or multi, "1 unless sampler.style is multi"
-        yield "guidance_low", low, 0 <= low < high, f"in [0, guidance_high), here [0, {high})"
-        yield "guidance_high", high, high <= 1, "at most 1"
+        yield "order", self.order == 1 or heun, allowed
+        yield "guidance", number, "a number from 0 on"
+        yield "guidance", neutral or multi, "1 unless sampler.style is multi"
+        yield "guidance_low", 0 <= low < high, f"in [0, guidance_high), here [0, {high})"
+        yield "guidance_high", high <= 1, "at most 1"
 
     @property
     def nfe(self) -> int:
@@ -122,22 +120,6 @@ class Step:
 
     x_hat: Float[Tensor, "b *chw"]
     x: Float[Tensor, "b *chw"]
-
-
-def published(style: Style, nfe: int) -> Sampler:
-    """Return the published setting for a style and a number of network evaluations."""
-    settings = {
-        (Style.few, 1): Sampler(),
-        (Style.few, 2): Sampler(steps=2, stochasticity=1.0, end_gap=0.6),
-        (Style.few, 4): Sampler(steps=4, stochasticity=1.0, end_gap=0.5),
-        (Style.any, 4): Sampler(steps=4, style=Style.any, end_gap=0.5),
-        (Style.any, 8): Sampler(steps=8, style=Style.any, end_gap=0.5),
-        (Style.multi, 30): Sampler(steps=30, style=Style.multi, kumaraswamy=[1.17, 0.8, 1.1]),
-    }
-    if (style, nfe) not in settings:
-        known = ", ".join(f"{s.name} {n}" for s, n in settings)
-        raise UserError(f"no setting is published for {style.name} {nfe}; there are {known}")
-    return settings[style, nfe]
 
 
 def grid(sampler: Sampler) -> Float64[Tensor, " times"]:
@@ -191,10 +173,17 @@ def trajectory(
         pair = Condition.cat([cond, null.expand(len(cond))])
     x = noise.to(torch.float32 if noise.device.type == "mps" else torch.float64)
 
+    times = torch.float64 if noise.dtype == torch.float64 else torch.float32
+
     def ask(x: Tensor, t: float, r: float) -> Tensor:
         weight = sampler.weight(t)
-        asked = cond if weight == 1 else pair
-        return _ask(velocity, x, t, r, asked, weight=weight, dtype=noise.dtype)
+        inputs, given = (x, cond) if weight == 1 else (torch.cat([x, x]), pair)
+        now, then = (inputs.new_full((len(inputs),), time, dtype=times) for time in (t, r))
+        F = velocity(inputs.to(noise.dtype), now, then, given).to(x.dtype)
+        if weight == 1:
+            return F
+        F_cond, F_null = F.chunk(2)
+        return F_null + weight * (F_cond - F_null)
 
     before: tuple[Tensor, Tensor] | None = None
     for i, (t, t_next) in enumerate(pairwise(grid(sampler).tolist())):
@@ -214,24 +203,3 @@ def trajectory(
             x = interpolate(x_hat, z_hat, then)
         before = ends
         yield Step(x_hat=ends[0], x=x)
-
-
-def _ask(
-    velocity: Velocity,
-    x: Tensor,
-    t: float,
-    r: float,
-    cond: Condition,
-    *,
-    weight: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Ask the network at (t, r), in one call; with a weight, `cond` holds the null rows as well."""
-    inputs = x.to(dtype) if weight == 1 else torch.cat([x, x]).to(dtype)
-    times = torch.float64 if dtype == torch.float64 else torch.float32
-    now, then = (inputs.new_full((len(inputs),), time, dtype=times) for time in (t, r))
-    F = velocity(inputs, now, then, cond).to(x.dtype)
-    if weight == 1:
-        return F
-    given, null = F.chunk(2)
-    return null + weight * (given - null)

@@ -27,7 +27,7 @@ class Table:
     def slices(self, index: Int[Tensor, " b"]) -> dict[str, slice]:
         """Return the positions of each role among some sorted sample indices."""
         ends = torch.tensor([0, *self.counts.values()]).cumsum(0)
-        bounds = torch.searchsorted(index, ends).tolist()
+        bounds = torch.searchsorted(index.contiguous(), ends).tolist()
         return {role: slice(*bounds[k : k + 2]) for k, role in enumerate(self.counts)}
 
     def calls(self, index: Int[Tensor, " b"]) -> frozenset[str]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from fractions import Fraction
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
+from twinflow_train.errors import UserError, check
 
 
 @dataclass(kw_only=True)
@@ -28,11 +27,10 @@ class Shares:
     fake: float = 1.0
 
     def __post_init__(self) -> None:
-        for role, share in self.items():
-            if not 0 <= share < math.inf:
-                raise ValueError(f"objective.shares.{role} must be 0 or more, got {share}")
+        rules = [(role, 0 <= share < math.inf, "0 or more") for role, share in self.items()]
+        check("objective.shares", self, rules)
         if not any(share for _, share in self.items()):
-            raise ValueError("objective.shares are all 0: give at least one role a share")
+            raise UserError("objective.shares are all 0: give at least one role a share")
 
     def items(self) -> list[tuple[str, float]]:
         """List (role, share) in dealing order."""
@@ -42,57 +40,20 @@ class Shares:
         """Split `batch` samples exactly, by largest remainder; ties go to the earlier role.
 
         Raises:
-            ValueError: a role with a positive share would get no sample.
+            UserError: a role with a positive share would get no sample.
         """
-        total = sum(share for _, share in self.items())
-        exact = {role: batch * share / total for role, share in self.items()}
+        # Decimal fractions as they were written, so that equal remainders are equal.
+        shares = {role: Fraction(str(share)) for role, share in self.items()}
+        total = sum(shares.values())
+        exact = {role: batch * share / total for role, share in shares.items()}
         counts = {role: math.floor(value) for role, value in exact.items()}
         by_remainder = sorted(exact, key=lambda role: counts[role] - exact[role])
         for role in by_remainder[: batch - sum(counts.values())]:
             counts[role] += 1
         for role, share in self.items():
             if share and not counts[role]:
-                raise ValueError(
-                    f"objective.shares.{role} = {share} of {total} gets no sample of "
+                raise UserError(
+                    f"objective.shares.{role} = {share} of {float(total)} gets no sample of "
                     f"batch = {batch}: raise batch or set the share to 0"
                 )
         return counts
-
-
-@dataclass(frozen=True, kw_only=True)
-class Deal:
-    """Which sample of the global batch which rank sees in which micro-step.
-
-    Samples are sorted by role; position p of rank w gets sample p * ranks + w. So at any
-    micro-step the ranks hold the same roles, but for one position at each border between roles.
-    """
-
-    batch: int
-    micro_batch: int
-    ranks: int
-    rank: int
-
-    def __post_init__(self) -> None:
-        if self.batch % (self.micro_batch * self.ranks):
-            raise ValueError(
-                f"batch = {self.batch} does not divide by micro_batch x ranks = "
-                f"{self.micro_batch} x {self.ranks}"
-            )
-
-    @property
-    def micro_steps(self) -> int:
-        """How many micro-steps accumulate to an optimizer step."""
-        return self.batch // (self.micro_batch * self.ranks)
-
-    def everyone(self, micro: int) -> Int[Tensor, " rows"]:
-        """Indices of the samples that all ranks together see in a micro-step."""
-        size = self.micro_batch * self.ranks
-        return torch.arange(micro * size, (micro + 1) * size)
-
-    def mine(self, micro: int) -> Int[Tensor, " b"]:
-        """Indices of the samples that this rank sees in a micro-step."""
-        return self.everyone(micro)[self.rank :: self.ranks].contiguous()
-
-    def rows(self) -> list[list[int]]:
-        """Indices of this rank's samples, a list a micro-step."""
-        return [self.mine(micro).tolist() for micro in range(self.micro_steps)]

@@ -6,21 +6,25 @@ is taken over the global batch. Notation as in the paper; F is dx/dt, time 1 is 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from twinflow_train.batch import Batch, Condition, Velocity
+from twinflow_train.deal import Deal
+from twinflow_train.errors import check
 from twinflow_train.flow.losses import Distance
 from twinflow_train.flow.path import expand, interpolate, jump, recover
 from twinflow_train.flow.times import beta_quantile, stratify, time_weight
 from twinflow_train.objectives.draws import Draws, Table
-from twinflow_train.objectives.passes import Pass, run
-from twinflow_train.objectives.roles import Deal, Shares
+from twinflow_train.objectives.roles import Shares
+from twinflow_train.passes import Pass, run
 from twinflow_train.rng import generator
 
 LOCAL_GAP = 0.05
@@ -37,7 +41,7 @@ class Loss:
 
 @dataclass(kw_only=True)
 class TwinFlow:
-    """The objective of METHOD sections 2 and 3 with every published variant as a setting.
+    """TwinFlow's objective, with every published variant as a setting.
 
     shares: relative shares of the roles in the global batch.
     order: N, Euler jumps of the teacher in the recursion's target; 0 is flow matching.
@@ -78,46 +82,36 @@ class TwinFlow:
     null_share: float = 0.0
 
     def __post_init__(self) -> None:
-        for key, good, allowed in self._rules():
-            if not good:
-                value = vars(self)[key]
-                raise ValueError(f"objective.{key} must be {allowed}, got {value}")
+        check("objective", self, self._rules())
         if self.rectify_weight and not self.shares.fake:
             warnings.warn(
-                "objective.shares.fake is 0: L_rectify follows a fake branch that nothing trains",
-                stacklevel=2,
+                "objective.shares.fake is 0: the fake branch stays untrained", stacklevel=2
             )
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
         frozen, low, high = self.teacher_decay == 1, self.guidance_low, self.guidance_high
-        leaps = self.shares.jump or self.shares.direct
+        settles = self.guidance < 1 or frozen
+        leaps, idle = self.shares.jump or self.shares.direct, not self.shares.generator
         yield "order", self.order >= 0, "0 or more"
         yield "order", self.order > 0 or not leaps, "1 or more where there are jump or direct rows"
         yield "delta", 0 < self.delta <= 0.5, "in (0, 0.5]"
-        yield "guidance", self.guidance >= 0, "0 or more"
-        yield (
-            "guidance",
-            self.guidance < 1 or frozen,
-            "below 1 unless the teacher is frozen (objective.teacher_decay=1): its fixed point is "
-            "guidance 1 / (1 - rho)",
-        )
+        yield "guidance", 0 <= self.guidance < math.inf, "0 or more"
+        yield "guidance", settles, "below 1 unless teacher_decay is 1: it comes to 1 / (1 - rho)"
+        yield "guidance", self.guidance > 0 or not self.image_free, "positive with image_free"
         yield "guidance_high", high <= 1, "at most 1"
         yield "guidance_low", 0 <= low < high, "in [0, objective.guidance_high)"
         yield "teacher_decay", 0 <= self.teacher_decay <= 1, "in [0, 1]"
         yield "image_free", frozen or not self.image_free, "false unless objective.teacher_decay=1"
-        yield "rectify_weight", self.rectify_weight >= 0, "0 or more"
-        yield (
-            "rectify_weight",
-            not self.rectify_weight or self.shares.generator > 0,
-            "0 where objective.shares.generator is 0: L_rectify applies to generator rows",
-        )
+        yield "rectify_weight", 0 <= self.rectify_weight < math.inf, "0 or more"
+        yield "rectify_weight", not (self.rectify_weight and idle), "0 without generator rows"
         yield "consistency_ratio", 0 <= self.consistency_ratio <= 1, "in [0, 1]"
-        yield "time_alpha", self.time_alpha > 0, "positive"
-        yield "time_beta", self.time_beta > 0, "positive"
+        yield "time_alpha", 0 < self.time_alpha < math.inf, "positive"
+        yield "time_beta", 0 < self.time_beta < math.inf, "positive"
         yield "null_share", 0 <= self.null_share < 1, "in [0, 1)"
+        yield "null_share", not self.null_share or self.shares.local > 0, "0 without local rows"
 
     def table(self, batch: int, *, seed: int, step: int) -> Table:
-        """Draw roles and times of a whole global batch (METHOD section 2), and what each needs."""
+        """Draw roles and times of a whole global batch and what each needs."""
         counts = self.shares.counts(batch)
         kappa, ts, rs = self.consistency_ratio, [], []
         for role, n in counts.items():
@@ -153,10 +147,8 @@ class TwinFlow:
         rows = {name: need[mine].nonzero().flatten() for name, need in table.needs.items()}
 
         def noise(purpose: str, index: Tensor) -> Tensor:
-            each = [
-                torch.randn(latent, generator=generator(purpose, seed, step, i))
-                for i in index.tolist()
-            ]
+            path = purpose, seed, step
+            each = [torch.randn(latent, generator=generator(*path, i)) for i in index.tolist()]
             return torch.stack(each) if each else torch.zeros(0, *latent)
 
         def uniform(purpose: str, *columns: int) -> Tensor:
@@ -183,7 +175,7 @@ class TwinFlow:
         )
 
     def loss(self, student: Velocity, teacher: Velocity, batch: Batch, draws: Draws) -> Loss:
-        """Compute L_base + L_adv + rectify_weight L_rectify of a micro-batch (METHOD section 3).
+        """Compute L_base + L_adv + rectify_weight L_rectify of a micro-batch.
 
         Everything from x_t to the residual is float32, float64 for float64 data; no argument is
         written to. `teacher` may be `student` itself: their passes then share calls.
@@ -235,9 +227,12 @@ class TwinFlow:
         rectified = self.distance(
             prediction[draws.rectify], F[draws.rectify] - delta_v.clamp(-1, 1)
         )
-        total = (base * self._row_weights(draws, base)).sum()
-        total = total + self.rectify_weight * rectified.sum() / max(1, draws.counts["generator"])
-        return Loss(total=total, metrics=_metrics(draws, total, base, rectified, residual, delta_v))
+        weights = self._weights(draws.counts)
+        total = self.rectify_weight * rectified.sum() / max(1, draws.counts["generator"])
+        for role, each in weights.items():
+            total = total + each * base[draws.roles[role]].sum()
+        metrics = _metrics(draws, [*weights], base, rectified, residual, delta_v)
+        return Loss(total=total, metrics=metrics | {"loss/total": total.detach()})
 
     def _enhanced(self, v: Tensor, F_guide: Tensor, rows: Tensor) -> Tensor:
         """Return the target velocity v* with guidance built in."""
@@ -264,17 +259,15 @@ class TwinFlow:
         later = (t - self.delta).maximum(r)
         x = x_t[rows] - self.delta * v_star[rows]
         S = torch.zeros_like(x)
-        F_pair = rectify.x_t
-        fractions = torch.nn.functional.pad(draws.grid[rows], (1, 0))
-        fractions = torch.nn.functional.pad(fractions, (0, 1), value=1.0)
-        for i in range(max(1, self.order)):
-            now, then = (torch.lerp(later, r, fractions[:, k]) for k in (i, i + 1))
+        taus = [later, *(later.lerp(r, part) for part in draws.grid[rows].T), r]
+        beside, pair = [rectify], [rectify.x_t]
+        for now, then in pairwise(taus):
             leap = Pass("recurse", network, x, now, then, cond_rows)
-            F, *pair = run(draws.calls, leap, *([rectify] if i == 0 else []), filler=filler)
-            F_pair = pair[0] if pair else F_pair
+            F, *found = run(draws.calls, leap, *beside, filler=filler)
+            beside, pair = [], found or pair
             S = S + expand(now - then, x) * F
             x = jump(x, F, now, then)
-        return S, F_pair
+        return S, pair[0]
 
     def _residual(self, F: Tensor, S: Tensor, v_star: Tensor, draws: Draws) -> Tensor:
         """Return R: how far F is from obeying the recursion, or from v* where no jump is left."""
@@ -283,21 +276,14 @@ class TwinFlow:
         recursion = (gap * F[rows] - S) / self.delta - v_star[rows]
         return (F - v_star).index_copy(0, rows, recursion)
 
-    def _row_weights(self, draws: Draws, like: Tensor) -> Float[Tensor, " b"]:
-        """Return what each row's distance counts, so that sums over the global batch are means."""
-        based = [role for role in draws.counts if role != "fake" and self._carries_base(role)]
-        real = sum(draws.counts[role] for role in based)
-        fake = draws.counts["fake"]
-        weights = torch.zeros_like(like)
-        for role in [*based, "fake"]:
-            mean_over = (fake if role == "fake" else real) if self.separate_means else real + fake
-            weights[draws.roles[role]] = 1 / max(1, mean_over)
-        return weights
-
-    def _carries_base(self, role: str) -> bool:
-        return (
-            role == "local" if not self.order else not (self.separate_means and role == "generator")
-        )
+    def _weights(self, counts: dict[str, int]) -> dict[str, float]:
+        """Return what a row of each role counts, so that sums over the global batch are means."""
+        idle = {"generator"} if self.separate_means else set()
+        base = [role for role in counts if role not in {"fake", *idle}] if self.order else ["local"]
+        real, fake = sum(counts[role] for role in base), counts["fake"]
+        if not self.separate_means:
+            real = fake = real + fake
+        return dict.fromkeys(base, 1 / max(1, real)) | {"fake": 1 / max(1, fake)}
 
 
 def _conditions(batch: Batch, draws: Draws) -> Condition:
@@ -326,24 +312,32 @@ def _rectification_pass(student: Velocity, x_hat: Tensor, cond: Condition, draws
 
 
 def _metrics(
-    draws: Draws, total: Tensor, base: Tensor, rectified: Tensor, residual: Tensor, delta_v: Tensor
+    draws: Draws,
+    roles: list[str],
+    base: Tensor,
+    rectified: Tensor,
+    residual: Tensor,
+    delta_v: Tensor,
 ) -> dict[str, Tensor]:
-    """Return this micro-batch's share of each metric, normalised by the global batch's counts."""
-    counts = draws.counts
-    real = sum(n for role, n in counts.items() if role != "fake")
-    before_fake = slice(0, draws.roles["fake"].start)
-    share = {
-        "loss/total": total,
-        "loss/base": base[before_fake].sum() / max(1, real),
-        "loss/rectify": rectified.sum() / max(1, counts["generator"]),
-        "residual/clamped": _per_row(residual[before_fake].abs() > 1) / max(1, real),
-        "delta_v/before": _per_row(delta_v.abs()) / max(1, counts["generator"]),
-        "delta_v/after": _per_row(delta_v.clamp(-1, 1).abs()) / max(1, counts["generator"]),
+    """Return this micro-batch's share of each metric; `roles` are those whose distances count."""
+    counts, generators = draws.counts, max(1, draws.counts["generator"])
+    real = [role for role in roles if role != "fake"]
+    clamped = _means(residual.abs() > 1)
+
+    def mean(values: Tensor, *over: str) -> Tensor:
+        rows = [values[draws.roles[role]].sum() for role in over]
+        return torch.stack(rows).sum() / max(1, sum(counts[role] for role in over))
+
+    found = {f"loss/{role}": mean(base, role) for role in roles if counts[role]} | {
+        "loss/base": mean(base, *real),
+        "loss/rectify": rectified.sum() / generators,
+        "residual/clamped": mean(clamped, *real),
+        "delta_v/before": _means(delta_v.abs()).sum() / generators,
+        "delta_v/after": _means(delta_v.clamp(-1, 1).abs()).sum() / generators,
     }
-    share |= {f"loss/{role}": base[draws.roles[role]].sum() / n for role, n in counts.items() if n}
-    return {name: value.detach() for name, value in share.items()}
+    return {name: value.detach() for name, value in found.items()}
 
 
-def _per_row(values: Tensor) -> Tensor:
-    """Sum the rows' means."""
-    return values.float().flatten(1).mean(1).sum() if len(values) else values.sum().float()
+def _means(values: Tensor) -> Tensor:
+    """Return each row's mean."""
+    return values.float().flatten(1).mean(1)

@@ -19,7 +19,7 @@ from tests.objectives.toys import (
     whole,
 )
 from twinflow_train.batch import Condition, Times, Velocity
-from twinflow_train.objectives.passes import Pass, run
+from twinflow_train.deal import Deal
 from twinflow_train.objectives.presets import (
     flow_matching,
     rcgm,
@@ -27,8 +27,9 @@ from twinflow_train.objectives.presets import (
     twinflow_lora_order1,
     twinflow_paper,
 )
-from twinflow_train.objectives.roles import Deal, Shares
+from twinflow_train.objectives.roles import Shares
 from twinflow_train.objectives.twinflow import TwinFlow
+from twinflow_train.passes import Pass, run
 from twinflow_train.planner import cost
 
 
