@@ -13,8 +13,8 @@ PACKAGE = "twinflow_train"
 ROOT = Path(__file__).parent.parent / PACKAGE
 
 LAYERS = (
-    ("errors", "scrub", "rng", "batch", "dist", "deal", "passes"),
-    ("flow",),
+    ("errors", "scrub", "rng", "batch", "dist"),
+    ("flow", "deal", "passes"),
     ("models", "data", "objectives"),
     ("engines",),
     ("metrics", "checkpoint", "evals", "planner", "encoding", "reporting", "runfolder"),

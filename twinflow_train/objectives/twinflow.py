@@ -27,8 +27,7 @@ from twinflow_train.objectives.roles import Shares
 from twinflow_train.passes import Pass, run
 from twinflow_train.rng import generator
 
-LOCAL_GAP = 0.05
-"""Largest part of t that a `local` row jumps over."""
+LOCAL_GAP = 0.05  # largest part of t that a local row jumps over
 
 
 @dataclass(kw_only=True)
@@ -138,10 +137,7 @@ class TwinFlow:
     def draw(
         self, deal: Deal, micro: int, *, seed: int, step: int, latent: tuple[int, ...]
     ) -> Draws:
-        """Draw a micro-batch's randomness on the CPU, a function of (seed, step, sample index).
-
-        `latent` is the shape of one sample, for example (16, 64, 64).
-        """
+        """Draw, on the CPU, what (seed, step, sample index) give samples of shape `latent`."""
         table = self.table(deal.batch, seed=seed, step=step)
         mine = deal.mine(micro)
         rows = {name: need[mine].nonzero().flatten() for name, need in table.needs.items()}
