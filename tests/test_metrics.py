@@ -12,6 +12,7 @@ import torch
 
 from tests.tiny import Tiny, lines, tiny
 from twinflow_train.dist import World
+from twinflow_train.errors import UserError
 from twinflow_train.metrics import NoTracking, Sink, Tracking, WandB, cut, open_log
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -151,6 +152,15 @@ def test_a_tracker_gets_all_that_the_file_gets(tmp_path: Path) -> None:
 def test_modes_are_checked() -> None:
     with pytest.raises(ValueError, match=r"tracking\.mode must be offline, online or disabled"):
         WandB(mode="sometimes")
+
+
+def test_online_without_an_account_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=r"tracking\.mode=online.*wandb login.*tracking=none"):
+        WandB(mode="online").open(name="x", folder=tmp_path, config={})
 
 
 # A real run with W&B, from a base at a path that is a URL with credentials

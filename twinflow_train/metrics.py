@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from twinflow_train.dist import World
+from twinflow_train.errors import UserError
 from twinflow_train.scrub import scrub
 
 log = logging.getLogger(__name__)
@@ -73,17 +74,23 @@ class _WandBSink(Sink):
         import wandb
 
         self._wandb = wandb
-        self._run = wandb.init(
-            project=options.project,
-            entity=options.entity,
-            mode=options.mode,  # type: ignore[arg-type]
-            tags=options.tags,
-            name=name,
-            dir=str(folder),
-            config=scrub(dict(config)),
-            # W&B would keep the command line, where URLs may hold credentials; our manifest scrubs.
-            settings=wandb.Settings(silent=True, console="off", x_disable_meta=True),
-        )
+        try:
+            self._run = wandb.init(
+                project=options.project,
+                entity=options.entity,
+                mode=options.mode,  # type: ignore[arg-type]
+                tags=options.tags,
+                name=name,
+                dir=str(folder),
+                config=scrub(dict(config)),
+                # W&B would keep the command line, whose URLs may hold credentials.
+                settings=wandb.Settings(silent=True, console="off", x_disable_meta=True),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"tracking.mode={options.mode}: W&B does not start, run `wandb login` or choose "
+                f"tracking.mode=offline or tracking=none ({' '.join(str(error).split())})"
+            ) from error
         # Our own step is the axis: a resumed run continues on it, also as a new offline run.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
