@@ -4,10 +4,9 @@
 PYTHON ?= python3
 python := .venv/bin/python
 
-# Nothing is downloaded but packages: the hub is off, and W&B writes to disk unless told otherwise.
+# Nothing is downloaded but packages: the hub is off, and W&B writes to disk (tracking.mode).
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
-export WANDB_MODE ?= offline
 # A step frees and takes the same big blocks again: keeping them saves the kernel a tenth of the time.
 export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296

@@ -13,14 +13,14 @@ below, and all after it, go to the trainer unchanged (`--` ends the options expl
   --nodes N         nodes of the job (default: 1); run the same command on every node
   --head HOST:PORT  where the nodes meet: any one of them and a free port (needed for 2 or more)
   --id TEXT         name of the meeting, the same on all nodes (default: twinflow)
-  --entry NAME      another entry point: prepare, sample, evaluate, ... (default: train)
+  --entry NAME      another module of twinflow_train to start (default: train)
   --dry-run         print the command and do not start it
   --help            show this text
 
   PYTHON            interpreter (default: .venv/bin/python here, else python3)
 
-One node with 8 GPUs:   launch/torchrun.sh experiment=digits_twinflow
-Two nodes, on each:     launch/torchrun.sh --nodes 2 --head node1:29500 experiment=digits_twinflow
+One node with 8 GPUs:   launch/torchrun.sh experiment=digits_twinflow micro_batch=8
+Two nodes, on each:     launch/torchrun.sh --nodes 2 --head node1:29500 experiment=digits_twinflow micro_batch=4
 TEXT
 }
 
@@ -64,9 +64,16 @@ if [[ -z ${PYTHON:-} ]]; then
     [[ ! -x .venv/bin/python ]] || PYTHON=.venv/bin/python
 fi
 if [[ -z $gpus ]]; then
-    gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | grep -c '^GPU' || true)
+    if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+        gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
+    else
+        gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | grep -c '^GPU' || true)
+    fi
     ((gpus > 0)) || gpus=1
 fi
+
+# Asked to stop, the trainer saves: torchrun's 30 seconds are too few for a large network.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
 
 meeting=(--standalone)
 if ((nodes > 1)); then

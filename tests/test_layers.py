@@ -13,7 +13,7 @@ PACKAGE = "twinflow_train"
 ROOT = Path(__file__).parent.parent / PACKAGE
 
 LAYERS = (
-    ("errors", "scrub", "rng", "batch", "dist"),
+    ("errors", "scrub", "files", "rng", "batch", "dist"),
     ("flow", "deal", "passes"),
     ("models", "data", "objectives"),
     ("engines",),

@@ -1,4 +1,4 @@
-"""Checkpoints of both engines in one format: flat ranges of named tensors in safetensors files.
+"""Checkpoints of any engine in one format: flat ranges of named tensors in safetensors files.
 
 A checkpoint is a folder `step-XXXXXXXX` with one safetensors file a rank, `index.json` and,
 written last, `COMPLETE`. A tensor `KIND/NAME` (kind: model, average or an optimizer moment; name:
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from twinflow_train.dist import World
 from twinflow_train.engines.base import Sharded, Span
 from twinflow_train.errors import UserError
+from twinflow_train.files import save_tensors
 
 VERSION = 1
 SEAL = "COMPLETE"
@@ -118,7 +118,7 @@ class Checkpoints:
         """Write this rank's ranges and report them as JSON."""
         name = f"rank-{self.world.rank:05d}.safetensors"
         spans = [span for span in self.engine.spans() if span.local.numel()]
-        save_file({_key(s): s.local.detach().cpu() for s in spans}, folder / name)
+        save_tensors({_key(s): s.local.detach().cpu() for s in spans}, folder / name)
         pieces = {_key(s): [s.shape, str(s.local.dtype), s.offset, s.local.numel()] for s in spans}
         return json.dumps({"file": name, "sha256": sha256(folder / name), "pieces": pieces})
 

@@ -40,10 +40,9 @@ def train(run: Run) -> int:
         engine = run.shard(world)
         progress = Progress()
         saves = run.checkpoints(folder, engine, progress, world)
-        if run.resume is Resume.never:
+        anew = run.resume is Resume.never
+        if anew or not saves.resume(must=run.resume is Resume.must):
             set_aside(folder, world)
-        else:
-            saves.resume(must=run.resume is Resume.must)
         write_manifest(folder, run.config(), run.yaml(), world)
         log = stack.enter_context(run.log(folder, progress, world))
         log.tell(run.banner(engine, world))

@@ -86,11 +86,14 @@ def write_manifest(folder: Path, config: Mapping[str, Any], yaml: str, world: Wo
 
 
 def _commit() -> str | None:
-    """Return the checkout's commit, None outside a checkout."""
+    """Return the checkout's commit, None outside a checkout or without git."""
     here = Path(__file__).parent
     if not (here.parent / ".git").exists():
         return None
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
-    )
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return None
     return found.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""What the loop asks of an engine: a sharded student, its teacher, and four verbs."""
+"""What the loop asks of an engine: a sharded student, its teacher, and their verbs."""
 
 from __future__ import annotations
 

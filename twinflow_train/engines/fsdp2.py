@@ -20,6 +20,7 @@ from twinflow_train.dist import World
 from twinflow_train.engines.average import decay_at, follow
 from twinflow_train.engines.base import Engine, Precision, Span
 from twinflow_train.engines.optim import MOMENTS, Optim, begin_state, set_updates
+from twinflow_train.errors import UserError
 from twinflow_train.models.base import Model, VelocityNet, Weights
 
 
@@ -110,8 +111,18 @@ class ShardedFSDP2:
         (loss * self._world.size).backward()
 
     def step(self, rate: float) -> Tensor:
-        """Clip, update, average and clear; return the global gradient norm before clipping."""
+        """Clip, update, average and clear; return the global gradient norm before clipping.
+
+        Raises:
+            UserError: it is not finite; alike on every rank, and nothing was updated.
+        """
         norm = nn.utils.get_total_norm([_some(p.grad) for p in self._trained], foreach=True)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not norm.isfinite():
+            raise UserError(
+                f"the gradient norm is {float(norm)} after {self.updates} updates; nothing was "
+                "updated and the newest checkpoint is whole: lower optim.lr, or look at the data"
+            )
         if self._optim.clip:
             nn.utils.clip_grads_with_norm_(self._trained, self._optim.clip, norm, foreach=True)
         for group in self._optimizer.param_groups:
@@ -124,7 +135,7 @@ class ShardedFSDP2:
             follow(self._locals("average"), self._locals("model"), decay)
             reshard(self._second)
         reshard(self._net)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm
 
     def spans(self) -> Iterator[Span]:
         """Yield this rank's part of every parameter, average and moment as live flat views."""

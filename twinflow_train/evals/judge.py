@@ -13,12 +13,12 @@ from typing import Self
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from twinflow_train.data.shards import ShardSet
 from twinflow_train.errors import UserError
 from twinflow_train.evals import metrics
+from twinflow_train.files import save_tensors
 from twinflow_train.rng import generator
 
 BUILD = "python data/digits.py"
@@ -174,7 +174,7 @@ def _write(judge: Judge, path: Path, *, accuracy: float, frechet: float) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     # One entry: safetensors writes several in random order.
-    save_file(
+    save_tensors(
         judge.state_dict(),
         unfinished,
         metadata={"judge": json.dumps({"accuracy": accuracy, "frechet": frechet})},

@@ -12,11 +12,12 @@ from typing import Any, Self
 
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from twinflow_train.errors import UserError
 from twinflow_train.evals.grid import Column
+from twinflow_train.files import save_tensors
 from twinflow_train.flow.sampler import Sampler, Style
 
 RESULTS, PICTURES = "results.json", "pictures.safetensors"
@@ -157,7 +158,7 @@ class Evaluation:
         tensors |= self.pictures
         said = json.dumps(self.summary() | {"captions": self.captions}, indent=1) + "\n"
         unfinished = folder / f"{os.getpid()}.tmp"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
+        save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
         unfinished.replace(folder / PICTURES)
         unfinished.write_text(said)
         unfinished.replace(folder / RESULTS)

@@ -14,11 +14,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from twinflow_train.batch import Condition
 from twinflow_train.errors import UserError
+from twinflow_train.files import save_tensors
 from twinflow_train.rng import generator
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -249,7 +249,8 @@ def save_folder(
     total = size = 0
 
     def flush() -> None:
-        save_file(pending, folder / f"part-{len(parts)}.safetensors", metadata={"format": "pt"})
+        part = folder / f"part-{len(parts)}.safetensors"
+        save_tensors(pending, part, metadata={"format": "pt"})
         parts.append(list(pending))
         pending.clear()
 
