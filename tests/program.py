@@ -78,7 +78,9 @@ class Running:
         except TimeoutError:
             self.send(signal.SIGKILL)
             raise
-        out, err = ((self.folder / name).read_text() for name in ("out", "err"))
+        # A process that was killed at its very start has opened neither file.
+        said = (self.folder / name for name in ("out", "err"))
+        out, err = (path.read_text() if path.exists() else "" for path in said)
         return Ended(code=code, out=out, err=err)
 
 

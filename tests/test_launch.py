@@ -68,7 +68,9 @@ def test_what_cannot_work_is_refused(options: list[str], message: str) -> None:
 def test_the_command_starts_every_process() -> None:
     # torchrun is real; in the trainer's place stands a line that says who it is.
     line = run("launch/torchrun.sh", "--gpus", "2", "--dry-run", PYTHON=sys.executable).stdout
-    code = "import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])"
+    # One write a process: two that print into one pipe may mix words and line ends.
+    code = "import os; e = os.environ; "
+    code += "os.write(1, f\"rank {e['RANK']} of {e['WORLD_SIZE']}\\n\".encode())"
     command = shlex.split(line)[: -len(("-m", "twinflow_train.train"))]
     result = run(*command, "--no-python", sys.executable, "-c", code)
     assert result.returncode == 0, result.stderr
