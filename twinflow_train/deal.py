@@ -43,7 +43,7 @@ class Deal:
 
     def mine(self, micro: int) -> Int[Tensor, " b"]:
         """Indices of the samples that this rank sees in a micro-step."""
-        return self.everyone(micro)[self.rank :: self.ranks].contiguous()
+        return self.everyone(micro)[self.rank :: self.ranks]
 
     def rows(self) -> list[list[int]]:
         """Indices of this rank's samples, a list a micro-step."""

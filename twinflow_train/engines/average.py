@@ -15,7 +15,7 @@ def _ramp(target: float) -> list[float]:
 def decay_at(target: float, update: int) -> float:
     """Return the decay of update number `update` (from 1): from 0, d += (1 - d)(target - d) / 2.
 
-    For target .99: .495, .620, .690, ....
+    For target .99: .495, .620, .690 and so on.
     """
     ramp = _ramp(target)
     while len(ramp) <= update:
