@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 
 LAYERS = (
     ("errors", "scrub", "files", "rng", "batch", "dist"),
-    ("flow", "deal", "passes"),
+    ("flow", "deal", "draws", "passes"),
     ("models", "data", "objectives"),
     ("engines",),
     ("metrics", "checkpoint", "evals", "planner", "encoding", "reporting", "runfolder"),

@@ -15,10 +15,10 @@ from twinflow_train.batch import Batch
 from twinflow_train.checkpoint import Progress
 from twinflow_train.data.loader import prefetch
 from twinflow_train.dist import World
+from twinflow_train.draws import Draws
 from twinflow_train.engines.base import Sharded
 from twinflow_train.evals.during import evaluate
 from twinflow_train.models.base import save_folder
-from twinflow_train.objectives.draws import Draws
 from twinflow_train.reporting.summary import conclude
 from twinflow_train.run import INTERRUPTED, Resume, Run
 from twinflow_train.runfolder import run_folder, set_aside, write_manifest

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.objectives.toys import LATENT, whole
 from twinflow_train.deal import Deal
-from twinflow_train.objectives.draws import Draws
+from twinflow_train.draws import Draws
 from twinflow_train.objectives.roles import Shares
 from twinflow_train.objectives.twinflow import TwinFlow
 

@@ -24,9 +24,9 @@ from tests.objectives.toys import (
     whole,
 )
 from twinflow_train.batch import Batch, Condition, Times, Velocity
+from twinflow_train.draws import Draws
 from twinflow_train.flow.losses import Distance, l2
 from twinflow_train.objectives import presets
-from twinflow_train.objectives.draws import Draws
 from twinflow_train.objectives.roles import Shares
 from twinflow_train.objectives.twinflow import TwinFlow
 from twinflow_train.rng import generator

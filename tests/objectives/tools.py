@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from tests.golden.record import tensor, tensors
 from tests.golden.toynet import ConvNet, LoraNet
 from twinflow_train.batch import Batch, Condition
+from twinflow_train.draws import Draws
 from twinflow_train.flow.losses import Distance, l2
-from twinflow_train.objectives.draws import Draws
 from twinflow_train.objectives.roles import Shares
 from twinflow_train.objectives.twinflow import TwinFlow
 

@@ -10,7 +10,7 @@ from tests.golden.toynet import ConvNet
 from tests.objectives.tools import Net
 from twinflow_train.batch import Batch, Condition, Times, Velocity
 from twinflow_train.deal import Deal
-from twinflow_train.objectives.draws import Draws
+from twinflow_train.draws import Draws
 from twinflow_train.objectives.twinflow import Loss, TwinFlow
 from twinflow_train.rng import generator
 

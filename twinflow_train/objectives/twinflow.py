@@ -18,11 +18,11 @@ from torch import Tensor
 
 from twinflow_train.batch import Batch, Condition, Velocity
 from twinflow_train.deal import Deal
+from twinflow_train.draws import Draws, Table
 from twinflow_train.errors import check
 from twinflow_train.flow.losses import Distance
 from twinflow_train.flow.path import expand, interpolate, jump, recover
 from twinflow_train.flow.times import beta_quantile, stratify, time_weight
-from twinflow_train.objectives.draws import Draws, Table
 from twinflow_train.objectives.roles import Shares
 from twinflow_train.passes import Pass, run
 from twinflow_train.rng import generator
@@ -32,10 +32,18 @@ LOCAL_GAP = 0.05  # largest part of t that a local row jumps over
 
 @dataclass(kw_only=True)
 class Loss:
-    """A micro-batch's share of loss and metrics: sums over micro-steps and ranks are means."""
+    """A micro-batch's share of loss and metrics: sums over micro-steps and ranks are means.
 
-    total: Float[Tensor, ""]
+    terms: what the loss is the sum of, by name: "base", "fake" and "rectify".
+    """
+
+    terms: dict[str, Float[Tensor, ""]]
     metrics: dict[str, Tensor]
+
+    @property
+    def total(self) -> Float[Tensor, ""]:
+        """What to differentiate."""
+        return self.terms["base"] + self.terms["fake"] + self.terms["rectify"]
 
 
 @dataclass(kw_only=True)
@@ -214,7 +222,8 @@ class TwinFlow:
         clamped = residual.clamp(-1, 1) if self.order else residual
         target = F - clamped
         target[fake] = v[fake]
-        delta_v = -torch.sub(*F_pair.chunk(2))  # rows of the real pass come first
+        F_real, F_fake = F_pair.chunk(2)
+        delta_v = F_fake - F_real
 
         # Distances.
         weight = time_weight(t, draws.r) if self.time_weight else torch.ones_like(t)
@@ -224,11 +233,19 @@ class TwinFlow:
             prediction[draws.rectify], F[draws.rectify] - delta_v.clamp(-1, 1)
         )
         weights = self._weights(draws.counts)
-        total = self.rectify_weight * rectified.sum() / max(1, draws.counts["generator"])
-        for role, each in weights.items():
-            total = total + each * base[draws.roles[role]].sum()
-        metrics = _metrics(draws, [*weights], base, rectified, residual, delta_v)
-        return Loss(total=total, metrics=metrics | {"loss/total": total.detach()})
+        sums = {role: each * base[draws.roles[role]].sum() for role, each in weights.items()}
+        loss = Loss(
+            terms={
+                "fake": sums.pop("fake"),
+                "base": sum(sums.values(), start=base.new_zeros(())),
+                "rectify": self.rectify_weight
+                * rectified.sum()
+                / max(1, draws.counts["generator"]),
+            },
+            metrics=_metrics(draws, [*weights], base, rectified, residual, F_real, F_fake),
+        )
+        loss.metrics["loss/total"] = loss.total.detach()
+        return loss
 
     def _enhanced(self, v: Tensor, F_guide: Tensor, rows: Tensor) -> Tensor:
         """Return the target velocity v* with guidance built in."""
@@ -313,10 +330,12 @@ def _metrics(
     base: Tensor,
     rectified: Tensor,
     residual: Tensor,
-    delta_v: Tensor,
+    F_real: Tensor,
+    F_fake: Tensor,
 ) -> dict[str, Tensor]:
     """Return this micro-batch's share of each metric; `roles` are those whose distances count."""
     counts, generators = draws.counts, max(1, draws.counts["generator"])
+    delta_v, pair = F_fake - F_real, (F_real.flatten(1), F_fake.flatten(1))
     real = [role for role in roles if role != "fake"]
     clamped = _means(residual.abs() > 1)
 
@@ -330,6 +349,7 @@ def _metrics(
         "residual/clamped": mean(clamped, *real),
         "delta_v/before": _means(delta_v.abs()).sum() / generators,
         "delta_v/after": _means(delta_v.clamp(-1, 1).abs()).sum() / generators,
+        "delta_v/cosine": torch.cosine_similarity(*pair).float().sum() / generators,
     }
     return {name: value.detach() for name, value in found.items()}
 
