@@ -56,6 +56,7 @@ def train(run: Run) -> int:
                 found = evaluate(
                     run.evals,
                     engine.networks(),
+                    health=run.health(engine),
                     heldout=run.data.held_out(),
                     folder=folder / "samples",
                     step=progress.step,

@@ -20,6 +20,7 @@ from twinflow_train.dist import World
 from twinflow_train.engines.base import Engine, Sharded
 from twinflow_train.engines.fsdp2 import FSDP2
 from twinflow_train.engines.optim import AdamW, Optim
+from twinflow_train.evals.health import Health
 from twinflow_train.evals.suite import Digits, Evals, NoEvals
 from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
 from twinflow_train.models.base import Model, Weights
@@ -121,6 +122,15 @@ class Run:
         decay = self.objective.teacher_decay
         return self.engine.shard(
             self.model, self.weights(), optim=self.optim, decay=decay, world=world
+        )
+
+    def health(self, engine: Sharded) -> Health:
+        """Ask after the student and its teacher at evaluations."""
+        return Health(
+            student=engine.student,
+            teacher=engine.teacher,
+            delta=self.objective.delta,
+            dtype=self.engine.precision.dtype,
         )
 
     def checkpoints(

@@ -11,6 +11,7 @@ from twinflow_train.batch import Velocity
 from twinflow_train.data.shards import ShardSet
 from twinflow_train.dist import World
 from twinflow_train.evals import grid
+from twinflow_train.evals.health import Health
 from twinflow_train.evals.heldout import heldout_loss
 from twinflow_train.evals.results import Evaluation
 from twinflow_train.evals.suite import Evals
@@ -25,6 +26,7 @@ class Found:
 
     evaluation: Evaluation
     heldout: dict[str, float]
+    health: dict[str, float]
     picture: Path
 
     def metrics(self) -> dict[str, float]:
@@ -32,19 +34,20 @@ class Found:
         ours = {
             k: v for k, v in self.evaluation.metrics().items() if not k.startswith("eval/base/")
         }
-        return ours | {f"eval/{name}": loss for name, loss in self.heldout.items()}
+        return ours | {f"eval/{name}": loss for name, loss in self.heldout.items()} | self.health
 
 
 def evaluate(
     suite: Evals,
     networks: Mapping[str, Velocity],
     *,
+    health: Health,
     heldout: ShardSet,
     folder: Path,
     step: int,
     world: World,
 ) -> Found:
-    """Evaluate `raw` and, where there is one, `ema`; at step 0 also the network as the base.
+    """Evaluate the networks, held-out losses and health; at step 0 also the network as the base.
 
     The base's results and pictures stay in `folder`/base and stand beside every later step's;
     pictures go to `folder`. Collective.
@@ -61,7 +64,9 @@ def evaluate(
     if world.main and both.pictures:
         folder.mkdir(parents=True, exist_ok=True)
         grid.save(grid.draw(both.columns(), prompts=both.captions), picture)
-    return Found(evaluation=both, heldout=losses, picture=picture)
+    return Found(
+        evaluation=both, heldout=losses, health=health.measure(heldout, world), picture=picture
+    )
 
 
 def _base(

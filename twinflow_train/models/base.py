@@ -50,6 +50,10 @@ class VelocityNet(nn.Module, ABC):
         """Compute anew what is neither parameter nor buffer, after construction on meta."""
 
     @abstractmethod
+    def keep_own_clock(self) -> None:
+        """Be asked on the diagonal only, as the stock network is: for a frozen teacher."""
+
+    @abstractmethod
     def recompute(self, call: Callable[..., object]) -> None:
         """Run each block in training as call(block, *inputs) instead of block(*inputs)."""
 

@@ -20,7 +20,7 @@ from twinflow_train.models.base import (
     VelocityNet,
     freeze_unused,
 )
-from twinflow_train.models.two_times import TwoTimes, pack_times
+from twinflow_train.models.two_times import ShiftedTime, TargetTime, TwoTimes, pack_times
 
 SECOND_EMBEDDER = {"time_text_embed_2.": "time_text_embed."}
 """Released weights' name of the second time embedder, and where it starts from."""
@@ -34,6 +34,7 @@ class QwenImage(Model):
     text_width: width of the text embeddings (Qwen2.5-VL: 3584).
     channels: latent channels; patch: side of the square of latents that becomes one token.
     rope: rotary dimensions for frame, height and width; they sum to head_dim.
+    target_time: how the target time enters.
     """
 
     layers: int = 60
@@ -43,6 +44,7 @@ class QwenImage(Model):
     channels: int = 16
     patch: int = 2
     rope: list[int] = field(default_factory=lambda: [16, 56, 56])
+    target_time: TargetTime = TargetTime.embedder
 
     def __post_init__(self) -> None:
         for key in ("layers", "heads", "head_dim", "text_width", "channels", "patch"):
@@ -125,7 +127,9 @@ class QwenImageNet(VelocityNet):
         super().__init__()
         config = {key: value for key, value in size.config().items() if not key.startswith("_")}
         self.stock = QwenImageTransformer2DModel(**config)
-        self.stock.time_text_embed = TwoTimes(self.stock.time_text_embed)
+        self.target_time = size.target_time
+        two = TwoTimes if size.target_time is TargetTime.embedder else ShiftedTime
+        self.stock.time_text_embed = two(self.stock.time_text_embed)
         self.patch = size.patch
 
     def forward(
@@ -157,6 +161,11 @@ class QwenImageNet(VelocityNet):
         """Compute the rotary tables, which are plain attributes and stay on meta otherwise."""
         rope = self.stock.pos_embed
         self.stock.pos_embed = type(rope)(rope.theta, axes_dim=rope.axes_dim, scale_rope=True)
+
+    def keep_own_clock(self) -> None:
+        """Read t alone from now on where times are shifted: for a frozen teacher."""
+        if self.target_time is TargetTime.shift:
+            self.stock.time_text_embed.own_clock = True
 
     def recompute(self, call: Callable[..., object]) -> None:
         """Route each block's call in training through `call`, by the stock class's own switch."""

@@ -1,10 +1,26 @@
 """Two times through one stock transformer: its time embedder swapped for a pair of them."""
 
 import copy
+from enum import Enum
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+
+class TargetTime(Enum):
+    """How the target time r enters the network.
+
+    embedder: through a second time embedder, trained with the rest.
+    shift: the one embedder gets t - r / 2, as in the published LoRA runs; (0.5, 0) and (1, 1)
+    then look alike. A frozen teacher stays on its own clock.
+    shift_all: the same, and a frozen teacher is shifted too: to repeat published LoRA runs.
+    """
+
+    embedder = "embedder"
+    shift = "shift"
+    shift_all = "shift_all"
+
 
 PARTS = 3
 """bfloat16 numbers that carry one float32: 3 x 8 significant bits cover its 24."""
@@ -51,4 +67,20 @@ class TwoTimes(nn.Module):
         at_t = self.embed(self.unit * t, *context)
         at_r = self.embed_r(self.unit * r, *context)
         embedding: Tensor = at_t + (t - r)[:, None].to(at_r.dtype) * at_r
+        return embedding
+
+
+class ShiftedTime(nn.Module):
+    """embed(unit (t - r / 2)), in place of a stock time embedder; `own_clock`: embed(unit t)."""
+
+    def __init__(self, embed: nn.Module, *, unit: float = 1.0) -> None:
+        super().__init__()
+        self.embed = embed
+        self.unit = unit
+        self.own_clock = False
+
+    def forward(self, times: Float[Tensor, "b 6"], *context: object) -> Float[Tensor, "b width"]:
+        """Embed packed times; `context` is what the stock embedder takes after its timestep."""
+        t, r = unpack_times(times)
+        embedding: Tensor = self.embed(self.unit * (t if self.own_clock else t - r / 2), *context)
         return embedding

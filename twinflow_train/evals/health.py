@@ -1,0 +1,76 @@
+"""Is the game of one network against itself in order? Asked of the networks on held-out data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twinflow_train.batch import Condition, Velocity
+from twinflow_train.data.shards import ShardSet
+from twinflow_train.dist import World
+from twinflow_train.evals.deal import Deal
+from twinflow_train.flow.path import expand, interpolate, jump
+from twinflow_train.rng import generator
+
+SAMPLES, BATCH = 96, 48
+NAMES = ("teacher_distance", "two_step_gap", "noise_floor")
+
+
+@dataclass(kw_only=True)
+class Health:
+    """Who is asked: the student and its teacher, delta of the recursion, the type of computing."""
+
+    student: Velocity
+    teacher: Velocity
+    delta: float
+    dtype: torch.dtype
+
+    def measure(self, heldout: ShardSet, world: World, *, seed: int = 0) -> dict[str, float]:
+        """Return the measures; they depend neither on ranks nor on batches. Collective.
+
+        health/teacher_distance: root mean square of student minus teacher on the diagonal, relative
+        to the teacher's. Absent where the teacher is the student.
+        health/two_step_gap: the same of F(z, 1, 0)'s sample minus that of two half jumps, relative
+        to the latter.
+        health/noise_floor: what rounding alone puts into the recursion's residual where t - r = 1,
+        a root mean square to be compared with the clamp at 1: two passes whose inputs differ by
+        less than the compute type can tell, over sqrt(2) delta.
+        """
+        deal = Deal(count=SAMPLES, world=world)
+        parts = [self._squares(heldout, world, rows, seed=seed) for rows in deal.chunks(BATCH)]
+        squares = deal.collect(torch.cat(parts)).double().mean(0).cpu()
+        over, under = squares[:3].sqrt(), squares[3:].sqrt()
+        values = dict(zip(NAMES, (over / under).tolist(), strict=True))
+        if self.teacher is self.student:
+            del values["teacher_distance"]
+        return {f"health/{name}": value for name, value in values.items()}
+
+    @torch.no_grad()
+    def _squares(self, heldout: ShardSet, world: World, rows: list[int], *, seed: int) -> Tensor:
+        """Return each row's mean squares, numerators and then denominators, (rows, 6)."""
+        found = [heldout.read(row % len(heldout)) for row in rows]
+        data = torch.stack([sample.latent.float() for sample in found]).to(world.device)
+        cond = Condition.pad([sample.text.float() for sample in found]).to(world.device)
+        z = _draw("health", data, rows, seed).to(world.device)
+        # The student's passes are one call each: every rank makes them alike.
+        one = torch.ones(len(rows), device=world.device)
+        t = (torch.tensor(rows) % 8 + 0.5).to(one) / 8
+        x_t = interpolate(data, z, t)
+        apart = self.student(x_t, t, t, cond)
+        towards = self.teacher(x_t, t, t, cond)
+        F = self.student(z, one, 0 * one, cond)
+        half = jump(z, self.student(z, one, one / 2, cond), one, one / 2)
+        two = jump(half, self.student(half, one / 2, 0 * one, cond), one / 2, 0 * one)
+        unit = torch.finfo(self.dtype).eps / 2
+        moved = z * (1 + unit * _draw("health-unit", data, rows, seed).clamp(-1, 1).to(z))
+        noise = self.student(moved, one, 0 * one, cond) - F
+        floor = expand(one, z) * 2**0.5 * self.delta
+        pairs = [apart - towards, jump(z, F, one, 0 * one) - two, noise, towards, two, floor]
+        return torch.stack([p.float().square().flatten(1).mean(1) for p in pairs], dim=1)
+
+
+def _draw(purpose: str, like: Tensor, rows: list[int], seed: int) -> Tensor:
+    shape = like.shape[1:]
+    return torch.stack([torch.randn(shape, generator=generator(purpose, seed, i)) for i in rows])
