@@ -33,6 +33,7 @@ OWNERS = {
     "mlxtend": (),
     "omegaconf": CONFIGURES,
     "peft": ("models",),
+    "torchao": ("engines.optim",),
     "transformers": ("models",),
     "wandb": ("metrics",),
     "webdataset": ("data",),

@@ -188,7 +188,7 @@ def test_the_configuration_is_plain_json(run: Tiny) -> None:
     assert json.loads(json.dumps(config, allow_nan=False)) == config
     assert config["model"] == {
         "_type": "QwenImage", "layers": 1, "heads": 2, "head_dim": 8, "text_width": 8,
-        "channels": 1, "patch": 7, "rope": [2, 2, 4],
+        "channels": 1, "patch": 7, "rope": [2, 2, 4], "target_time": "embedder",
     }  # fmt: skip
     assert config["resume"] == "auto"
     assert config["evals"]["samplers"][1]["stochasticity"] == 1.0

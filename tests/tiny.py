@@ -22,7 +22,7 @@ from twinflow_train.rng import generator
 
 WIDTH = 8
 STEPS = 12
-SIZE = {"layers": 1, "heads": 2, "head_dim": 8, "channels": 1, "patch": 7}
+SIZE: Any = {"layers": 1, "heads": 2, "head_dim": 8, "channels": 1, "patch": 7}
 ROPE = [2, 2, 4]
 JUDGE = "judge.safetensors"
 ABOUT = About(encoder="random", revision="1", null_prompt="", licence="test")

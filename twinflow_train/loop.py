@@ -102,9 +102,9 @@ def learn(
     prepared = next(steps)
     waited = time.perf_counter() - began
     sums: dict[str, torch.Tensor] = {}
-    for batch, draws in prepared:
+    for micro, (batch, draws) in enumerate(prepared, start=1):
         loss = run.objective.loss(engine.student, engine.teacher, batch.to(world.device), draws)
-        engine.backward(loss.total)
+        engine.backward(loss.total, last=micro == len(prepared))
         for name, value in loss.metrics.items():
             sums[name] = sums[name] + value if name in sums else value
     rate = run.optim.rate(step, run.steps)
@@ -121,7 +121,7 @@ def learn(
 
 def export(run: Run, engine: Sharded, folder: Path, world: World) -> None:
     """Write the weights to use, averaged if there is an average, as a diffusers folder."""
-    weights = engine.whole("average" if engine.average is not None else "model")
+    weights = engine.whole("average" if "average" in engine.averages else "model")
     if world.main:
         save_folder(folder / "transformer", run.model.config(), weights)
     else:

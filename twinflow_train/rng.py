@@ -10,12 +10,12 @@ def digest(*path: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(path).encode(), digest_size=8).digest(), "little")
 
 
-def generator(*path: object) -> torch.Generator:
-    """Make the CPU generator that belongs to `path`, for example ("noise", seed, step, index).
+def generator(*path: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """Make the generator that belongs to `path`, for example ("noise", seed, step, index).
 
     The same path gives the same numbers in every process, so draws depend neither on the number
     of ranks, nor on the micro-batch, nor on where a run was resumed. torch's CPU generator keeps
     only 32 bits of its seed: two of a million paths meet with probability of about 1e-4 and then
-    share numbers, which is harmless for noise.
+    share numbers, which is harmless for noise. Other devices draw other numbers.
     """
-    return torch.Generator().manual_seed(digest(*path))
+    return torch.Generator(device).manual_seed(digest(*path))

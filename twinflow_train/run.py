@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from twinflow_train.checkpoint import Checkpoints, Progress, sha256
 from twinflow_train.data.loader import Shards
 from twinflow_train.deal import Deal
 from twinflow_train.dist import World
+from twinflow_train.engines.average import Averages
 from twinflow_train.engines.base import Engine, Sharded
 from twinflow_train.engines.fsdp2 import FSDP2
-from twinflow_train.engines.optim import AdamW, Optim
+from twinflow_train.engines.optim import AdamW, AdamW8bit, Optim, RAdam
 from twinflow_train.evals.health import Health
 from twinflow_train.evals.suite import Digits, Evals, NoEvals
 from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
@@ -54,7 +55,7 @@ class Run:
     forward and backward on one rank. save_every, eval_every, log_every: in steps, 0 is only at
     the end (saving), at the start and the end (evaluating) or never (logging). keep_last: newest
     checkpoints to keep. init_from: a diffusers folder or the export of a run to start from; null
-    starts from random weights.
+    starts from random weights. average: how averaged networks are held.
     """
 
     name: str = "run"
@@ -73,6 +74,7 @@ class Run:
     objective: TwinFlow = MISSING
     engine: Engine = MISSING
     optim: Optim = MISSING
+    average: Averages = field(default_factory=Averages)
     data: Shards = MISSING
     evals: Evals = MISSING
     tracking: Tracking = MISSING
@@ -121,7 +123,12 @@ class Run:
         """Build the sharded student and its teacher."""
         decay = self.objective.teacher_decay
         return self.engine.shard(
-            self.model, self.weights(), optim=self.optim, decay=decay, world=world
+            self.model,
+            self.weights(),
+            optim=self.optim,
+            decay=decay,
+            average=self.average,
+            world=world,
         )
 
     def health(self, engine: Sharded) -> Health:
@@ -203,7 +210,7 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
         "flow_matching": presets.flow_matching(),
     },
     "engine": {"fsdp2": FSDP2()},
-    "optim": {"adamw": AdamW()},
+    "optim": {"adamw": AdamW(), "adamw8bit": AdamW8bit(), "radam": RAdam()},
     "data": {"shards": Shards()},
     "evals": {"digits": Digits(), "none": NoEvals()},
     "tracking": {"wandb": WandB(), "none": NoTracking()},

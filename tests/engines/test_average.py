@@ -42,7 +42,7 @@ def test_following_is_the_weighted_mean_in_place(decay: float) -> None:
         for a, s in zip(average, student, strict=True)
     ]
     kept = [s.detach().clone() for s in student]
-    follow(average, student, decay)
+    follow(average, student, decay, path=())
     for a, w, s, k in zip(average, want, student, kept, strict=True):
         torch.testing.assert_close(a.double(), w, rtol=0, atol=2e-7)
         assert not a.requires_grad
@@ -52,5 +52,5 @@ def test_following_is_the_weighted_mean_in_place(decay: float) -> None:
 def test_following_on_and_on_ends_at_the_student() -> None:
     average, student = [torch.zeros(4)], [torch.ones(4)]
     for n in range(1, 1001):
-        follow(average, student, decay_at(0.99, n))
+        follow(average, student, decay_at(0.99, n), path=(n,))
     torch.testing.assert_close(average[0], student[0], rtol=1e-3, atol=0)

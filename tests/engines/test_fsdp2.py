@@ -21,6 +21,7 @@ from tests.engines.tools import (
     State,
     Trial,
     apart,
+    fsdp2,
     network,
     objective,
     run,
@@ -34,17 +35,27 @@ from twinflow_train.engines.base import Precision
 from twinflow_train.engines.fsdp2 import FSDP2
 from twinflow_train.engines.optim import AdamW
 
-Layout = tuple[int, int, bool]
-
-TRIALS: dict[int, list[Layout]] = {
-    1: [(8, 0, True), (2, 1, True), (8, 2, False)],
-    2: [(4, 0, False), (2, 1, True)],
-    4: [(1, 2, False), (2, 0, True)],
+TRIALS: dict[int, dict[str, tuple[int, dict[str, Any]]]] = {
+    1: {
+        "whole": (8, {}),
+        "recompute": (2, {"recompute": 1}),
+        "every second": (8, {"recompute": 2, "reshard": False}),
+        "keep products": (4, {"recompute": 1, "keep_products": True}),
+        "offload": (8, {"offload": True}),
+    },
+    2: {
+        "gathered": (4, {"reshard": False}),
+        "recompute": (2, {"recompute": 1}),
+        "replicas": (2, {"shard_over": 1}),
+    },
+    4: {
+        "every second": (1, {"recompute": 2, "reshard": False}),
+        "replicas": (1, {"shard_over": 2}),
+    },
 }
-"""For each number of ranks: micro-batch, every which block is recomputed, whether weights that a
-pass gathered are freed after it."""
+"""For each number of ranks some layouts: micro-batch, and how the engine differs from the usual."""
 
-LAYOUTS = [(ranks, *trial) for ranks, trials in TRIALS.items() for trial in trials]
+LAYOUTS = [(ranks, name) for ranks, trials in TRIALS.items() for name in trials]
 
 NEAR = {"loss": 1e-6, "norm": 1e-6, "model": 1e-6, "average": 1e-6}
 """Losses and norms relative, weights absolute: float32 sums in another order."""
@@ -54,7 +65,7 @@ NEAR = {"loss": 1e-6, "norm": 1e-6, "model": 1e-6, "average": 1e-6}
 class Found:
     """What one rank of one number of processes found out."""
 
-    outcomes: dict[Layout, Outcome]
+    outcomes: dict[str, Outcome]
     begun: dict[str, Any]
     clips: dict[str, Any] = field(default_factory=dict)
     teachers: dict[str, Any] = field(default_factory=dict)
@@ -65,8 +76,8 @@ class Found:
 def everything(world: World) -> Found:
     found = Found(
         outcomes={
-            (micro, every, reshard): run(Trial.of(micro, recompute=every, reshard=reshard), world)
-            for micro, every, reshard in TRIALS[world.size]
+            name: run(Trial.of(micro, engine=fsdp2(**settings)), world)
+            for name, (micro, settings) in TRIALS[world.size].items()
         },
         begun=begun(world),
     )
@@ -76,7 +87,7 @@ def everything(world: World) -> Found:
     if world.size == 1:
         found.counts = {every: block_calls(world, every) for every in (0, 1, 2)}
     if world.size == 2:
-        found.half = run(Trial.of(4, recompute=1, precision=Precision.bf16), world)
+        found.half = run(Trial.of(4, engine=fsdp2(recompute=1, precision=Precision.bf16)), world)
     return found
 
 
@@ -115,7 +126,7 @@ def teachers(world: World) -> dict[str, Any]:
     kinds = {span.kind for span in engine.spans()}
     found: dict[str, Any] = {
         "self": engine.teacher is engine.student,
-        "self average": engine.average,
+        "self average": dict(engine.averages),
         "self kinds": kinds,
         "self names": set(engine.networks()),
         "self loss": loss,
@@ -128,7 +139,7 @@ def teachers(world: World) -> dict[str, Any]:
     return found | {
         "kept moved": apart(whole(engine, "average"), start),
         "student moved": apart(whole(engine, "model"), start),
-        "kept average": engine.average,
+        "kept average": dict(engine.averages),
         "kept names": set(engine.networks()),
         "kept is student": engine.teacher is engine.student,
     }
@@ -161,7 +172,7 @@ def begun(world: World) -> dict[str, Any]:
 
 def block_calls(world: World, every: int) -> int:
     """Count forwards of the student's blocks in one training pass, those anew included."""
-    trial = Trial.of(8, recompute=every)
+    trial = Trial.of(8, engine=fsdp2(recompute=every))
     engine = trial.shard(world)
     calls = []
     for block in network(engine).blocks:
@@ -195,17 +206,15 @@ def near(one: Outcome, other: Outcome) -> dict[str, float]:
     return {key: far for key, far in one.worst(other).items() if far > NEAR[key]}
 
 
-@pytest.mark.parametrize(("ranks", "micro_batch", "recompute", "reshard"), LAYOUTS)
-def test_every_layout_gives_the_results_of_one_plain_process(
-    ranks: int, micro_batch: int, recompute: int, reshard: bool
-) -> None:
-    outcome = results(ranks)[0].outcomes[micro_batch, recompute, reshard]
+@pytest.mark.parametrize(("ranks", "layout"), LAYOUTS)
+def test_every_layout_gives_the_results_of_one_plain_process(ranks: int, layout: str) -> None:
+    outcome = results(ranks)[0].outcomes[layout]
     assert near(outcome, plain()) == {}
 
 
 @pytest.mark.parametrize("ranks", list(TRIALS))
 def test_layouts_agree_with_one_another(ranks: int) -> None:
-    one = results(1)[0].outcomes[8, 0, True]
+    one = results(1)[0].outcomes["whole"]
     for outcome in results(ranks)[0].outcomes.values():
         assert near(outcome, one) == {}
 
@@ -253,7 +262,7 @@ def test_clipping_uses_the_true_global_norm(ranks: int, clip: str) -> None:
 def test_a_teacher_of_decay_0_is_the_student(ranks: int) -> None:
     for found in results(ranks):
         assert found.teachers["self"]
-        assert found.teachers["self average"] is None
+        assert found.teachers["self average"] == {}
         assert found.teachers["self names"] == {"raw"}
         assert found.teachers["self kinds"] == {"model", "exp_avg", "exp_avg_sq"}
         assert found.teachers["self loss"] > 0
@@ -264,7 +273,7 @@ def test_a_teacher_of_decay_1_stays_as_it_was(ranks: int) -> None:
     main = results(ranks)[0].teachers
     assert main["kept moved"] == 0
     assert main["student moved"] > 1e-3
-    assert main["kept average"] is None
+    assert main["kept average"] == {}
     assert main["kept names"] == {"raw"}
     assert not main["kept is student"]
 
@@ -330,5 +339,5 @@ def test_bfloat16_stays_within_its_tolerance_of_float32() -> None:
 
 
 def test_a_negative_recompute_is_refused_by_key() -> None:
-    with pytest.raises(ValueError, match=r"engine.recompute must be 0 or more, got -1"):
+    with pytest.raises(ValueError, match=r"engine.recompute is -1; it must be 0 or more"):
         FSDP2(recompute=-1)

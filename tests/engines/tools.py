@@ -15,9 +15,10 @@ from torch import Tensor
 from twinflow_train.batch import Batch, Condition
 from twinflow_train.deal import Deal
 from twinflow_train.dist import World
-from twinflow_train.engines.base import Precision, Sharded
+from twinflow_train.engines.average import Averages
+from twinflow_train.engines.base import Engine, Precision, Sharded
 from twinflow_train.engines.fsdp2 import FSDP2
-from twinflow_train.engines.optim import AdamW
+from twinflow_train.engines.optim import AdamW, Optim
 from twinflow_train.models.base import RandomWeights, VelocityNet
 from twinflow_train.models.qwen_image import SECOND_EMBEDDER, QwenImage
 from twinflow_train.objectives.twinflow import TwinFlow
@@ -34,6 +35,12 @@ STEPS = 6
 OPTIM = AdamW(lr=2e-3, warmup=2, constant=0.5, clip=0.5, weight_decay=0.01, eps=1e-5)
 
 State = dict[str, Tensor]
+
+
+def fsdp2(**changes: Any) -> FSDP2:
+    """Give FSDP2 in float32 without recomputation."""
+    settings: dict[str, Any] = {"precision": Precision.fp32, "recompute": 0}
+    return FSDP2(**(settings | changes))
 
 
 def objective(**changes: Any) -> TwinFlow:
@@ -72,27 +79,30 @@ class Trial:
     """One way to run: layout, precision, objective and optimizer."""
 
     micro_batch: int = BATCH
-    recompute: int = 0
-    reshard: bool = True
-    precision: Precision = Precision.fp32
+    engine: Engine
     objective: TwinFlow
-    optim: AdamW
+    optim: Optim
+    average: Averages
 
     @staticmethod
     def of(micro_batch: int, **settings: Any) -> Trial:
         """Give the reference run with some settings changed."""
-        usual: dict[str, Any] = {"objective": objective(), "optim": OPTIM}
+        usual: dict[str, Any] = {
+            "engine": fsdp2(),
+            "objective": objective(),
+            "optim": OPTIM,
+            "average": Averages(),
+        }
         return Trial(**(usual | settings), micro_batch=micro_batch)
 
     def shard(self, world: World, *, seed: int = 0, size: QwenImage = SIZE) -> Sharded:
         """Build the engine from weights of `seed`."""
-        return FSDP2(
-            precision=self.precision, recompute=self.recompute, reshard=self.reshard
-        ).shard(
+        return self.engine.shard(
             size,
             weights(seed),
             optim=self.optim,
             decay=self.objective.teacher_decay,
+            average=self.average,
             world=world,
         )
 
@@ -103,7 +113,7 @@ class Trial:
         for micro, rows in enumerate(deal.rows()):
             draws = self.objective.draw(deal, micro, seed=SEED, step=step, latent=LATENT)
             loss = self.objective.loss(engine.student, engine.teacher, batch_of(rows, step), draws)
-            engine.backward(loss.total)
+            engine.backward(loss.total, last=micro == deal.micro_steps - 1)
             total += loss.total.detach()
         return float(world.sum(total))
 

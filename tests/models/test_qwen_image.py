@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from twinflow_train.batch import Condition
 from twinflow_train.errors import UserError
 from twinflow_train.flow.path import interpolate, jump
 from twinflow_train.models.qwen_image import QwenImage, QwenImageNet, pack, unpack
+from twinflow_train.models.two_times import TargetTime
 
 EMBEDDER = 256 * 3072 + 3072 + 3072 * 3072 + 3072
 """Parameters of the released network's time embedder, whose copy is all that we add."""
@@ -273,3 +275,21 @@ def test_data_that_does_not_fit_is_refused_with_both_numbers(
 def _distance(one: Tensor, other: Tensor) -> Tensor:
     """Return the largest difference of each row."""
     return (one - other).abs().flatten(1).max(1).values
+
+
+@pytest.mark.parametrize("kind", [TargetTime.shift, TargetTime.shift_all])
+@torch.no_grad()
+def test_a_shifted_network_sees_one_time_and_a_frozen_teacher_its_own(
+    stock: tuple[QwenImageTransformer2DModel, Path], kind: TargetTime
+) -> None:
+    size = replace(SMALL, target_time=kind)
+    shifted = filled(size.stored_weights(stock[1]), size)
+    assert {shifted.stored_name(name) for name, _ in shifted.named_parameters()} == {
+        name for name, _ in stock[0].named_parameters()
+    }
+    x, cond, t = latents(3), texts(3, 2, 4), torch.tensor([1.0, 0.6, 0.2])
+    for r in (t, t / 2, 0 * t):
+        assert torch.equal(shifted(x, t, r, cond), ask_stock(stock[0], x, t - r / 2, cond))
+    shifted.keep_own_clock()
+    clock = t if kind is TargetTime.shift else t / 2
+    assert torch.equal(shifted(x, t, t, cond), ask_stock(stock[0], x, clock, cond))

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from twinflow_train.models.two_times import TwoTimes, pack_times, unpack_times
+from twinflow_train.models.two_times import ShiftedTime, TwoTimes, pack_times, unpack_times
 
 SMALLEST_EXACT = 2.0**-110
 """Below it the last of a float32's 24 bits is under the smallest bfloat16."""
@@ -88,3 +88,21 @@ def test_the_embedding_has_the_type_of_the_network(dtype: torch.dtype) -> None:
     t = torch.tensor([0.4])
     hidden = torch.zeros(1, 1, dtype=dtype)
     assert two_times().to(dtype)(pack_times(t, 0 * t), hidden).dtype == dtype
+
+
+def test_shifted_times_go_through_the_one_embedder() -> None:
+    shifted, context = ShiftedTime(stock_embedder(), unit=1.0), torch.zeros(3, 16)
+    t, r = torch.tensor([1.0, 0.5, -0.7]), torch.tensor([0.0, 0.5, -0.7])
+    want = stock_embedder()(t - r / 2, context)
+    assert torch.equal(shifted(pack_times(t, r), context), want)
+    # What is published is not injective: (1, 1) and (0.5, 0) meet.
+    meet = shifted(pack_times(torch.tensor([1.0, 0.5]), torch.tensor([1.0, 0.0])), context[:2])
+    assert torch.equal(*meet)
+
+
+def test_on_its_own_clock_the_target_time_is_not_seen() -> None:
+    shifted, context = ShiftedTime(stock_embedder()), torch.zeros(2, 16)
+    shifted.own_clock = True
+    t = torch.tensor([0.8, 0.3])
+    for r in (t, 0 * t):
+        assert torch.equal(shifted(pack_times(t, r), context), stock_embedder()(t, context))

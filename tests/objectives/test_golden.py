@@ -124,6 +124,7 @@ def test_five_recorded_steps_with_a_growing_average() -> None:
             list(teacher.parameters()),
             [p.detach() for p in student.parameters()],
             decay_at(config["ema_decay"], step + 1),
+            path=(step,),
         )
 
 

@@ -1,10 +1,38 @@
-"""The averaged network: how its decay grows, and how its shards follow the student's."""
+"""Averaged networks: how their decay grows, and how their shards follow the student's."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from twinflow_train.errors import check
+from twinflow_train.rng import generator
+
+
+@dataclass(kw_only=True)
+class Averages:
+    """How averaged networks are held; the decay of the teacher's is the objective's.
+
+    slow: decay of a second average, for evaluation only; 0 is none.
+    bf16: hold averages in bfloat16, rounded stochastically: half the memory, more noise.
+    offload: keep the shards of averages in host memory.
+    """
+
+    slow: float = 0.0
+    bf16: bool = False
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        check("average", self, [("slow", 0 <= self.slow < 1, "in [0, 1)")])
+
+    def decays(self, teacher: float) -> dict[str, float]:
+        """Name the networks beside the student and their decays (1: it stays as it was)."""
+        wanted = {"average": teacher, "slow": self.slow}
+        return {kind: decay for kind, decay in wanted.items() if decay > 0}
 
 
 @cache
@@ -25,6 +53,31 @@ def decay_at(target: float, update: int) -> float:
 
 
 @torch.no_grad()
-def follow(average: Sequence[Tensor], student: Sequence[Tensor], decay: float) -> None:
-    """Move averaged shards towards the student's: T = decay T + (1 - decay) theta, in place."""
-    torch._foreach_lerp_(list(average), list(student), 1 - decay)
+def follow(
+    average: Sequence[Tensor], student: Sequence[Tensor], decay: float, *, path: Sequence[object]
+) -> None:
+    """Move averaged shards towards the student's: T = decay T + (1 - decay) theta, in place.
+
+    They may lie on another device or be bfloat16, which is then rounded up or down at random with
+    the mean kept: rounding to the nearest would stop an average of decay .99 from moving at all.
+    `path` names this update on this rank, for the draws.
+    """
+    if all(
+        a.dtype == s.dtype and a.device == s.device for a, s in zip(average, student, strict=True)
+    ):
+        torch._foreach_lerp_(list(average), list(student), 1 - decay)
+        return
+    for i, (ours, theirs) in enumerate(zip(average, student, strict=True)):
+        moved = ours.float().lerp_(theirs.to(ours.device, torch.float32), 1 - decay)
+        if ours.dtype == torch.bfloat16:
+            round_randomly(ours, moved, generator("round", *path, i, device=ours.device))
+        else:
+            ours.copy_(moved)
+
+
+def round_randomly(out: Tensor, values: Tensor, draws: torch.Generator) -> None:
+    """Write float32 values to a bfloat16 tensor, up or down at random with the mean kept."""
+    noise = torch.randint(
+        0, 1 << 16, values.shape, generator=draws, dtype=torch.int32, device=values.device
+    )
+    out.copy_(((values.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32))

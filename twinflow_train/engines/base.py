@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from twinflow_train.batch import Velocity
 from twinflow_train.dist import World
+from twinflow_train.engines.average import Averages
 from twinflow_train.engines.optim import Optim
+from twinflow_train.errors import UserError, check
 from twinflow_train.models.base import Model, Weights
 
 
@@ -29,12 +31,18 @@ class Precision(Enum):
         return torch.float32 if self is Precision.fp32 else torch.bfloat16
 
 
+def nothing() -> None:
+    """Do nothing: `local` is the state itself."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Span:
     """A contiguous part of one named state tensor that this rank holds, as a live flat view.
 
-    kind: "model", "average" or a moment's name. name: the parameter's name in weight files.
+    kind: "model", "average", "slow" or a moment's name. name: the parameter's name in weight files.
     shape: of the whole tensor. offset: where the part begins in the whole, flattened.
+    mine: whether this rank is the one, among those that hold the same part, that saves it.
+    commit: to be called after `local` was filled, where it is a copy and not the state itself.
     """
 
     kind: str
@@ -42,14 +50,20 @@ class Span:
     shape: tuple[int, ...]
     offset: int
     local: Tensor
+    mine: bool = True
+    commit: Callable[[], None] = nothing
 
 
 class Sharded(Protocol):
-    """A student in training and its teacher, spread over the ranks."""
+    """A student in training and its teacher, spread over the ranks.
+
+    averages: the averaged networks by their kind, "average" (the teacher's) and "slow".
+    updates: optimizer steps taken.
+    """
 
     student: Velocity
     teacher: Velocity
-    average: Velocity | None
+    averages: Mapping[str, Velocity]
     updates: int
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -57,11 +71,14 @@ class Sharded(Protocol):
         ...
 
     def networks(self) -> dict[str, Velocity]:
-        """Name the networks to evaluate: "raw" and, where there is an average, "ema"."""
+        """Name the networks to evaluate: "raw" and, where there are averages, "ema" and "slow"."""
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of this rank's share of the loss; collective."""
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate the gradient of this rank's share of the loss; collective.
+
+        last: whether this is the optimizer step's last micro-step.
+        """
         ...
 
     def step(self, rate: float) -> Tensor:
@@ -77,19 +94,48 @@ class Sharded(Protocol):
         ...
 
     def whole(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, whole tensor on the CPU) of "model" or "average" on rank 0; collective."""
+        """Yield (name, whole tensor on the CPU) of a kind of weights on rank 0; collective."""
         ...
+
+
+def evaluated(student: Velocity, averages: Mapping[str, Velocity]) -> dict[str, Velocity]:
+    """Name the networks to evaluate as tables and metrics do."""
+    shown = {"average": "ema", "slow": "slow"}
+    return {"raw": student} | {shown[kind]: network for kind, network in averages.items()}
 
 
 @dataclass(kw_only=True)
 class Engine(ABC):
-    """A way of sharding: the `engine` group of the configuration."""
+    """A way of sharding: the `engine` group of the configuration.
+
+    precision: type in which the networks compute.
+    recompute: recompute every n-th block's activations in the backward pass; 0 keeps all.
+    keep_products: keep the outputs of matrix products and attention in recomputed blocks, and
+        recompute only what is cheap.
+    """
+
+    precision: Precision = Precision.bf16
+    recompute: int = 1
+    keep_products: bool = False
+
+    def __post_init__(self) -> None:
+        check("engine", self, [("recompute", self.recompute >= 0, "0 or more")])
+        if self.keep_products and not self.recompute:
+            raise UserError("engine.keep_products needs recomputed blocks: engine.recompute >= 1")
 
     @abstractmethod
     def shard(
-        self, model: Model, weights: Weights, *, optim: Optim, decay: float, world: World
+        self,
+        model: Model,
+        weights: Weights,
+        *,
+        optim: Optim,
+        decay: float,
+        average: Averages,
+        world: World,
     ) -> Sharded:
-        """Build, shard and fill the student, and the teacher that follows it with `decay`.
+        """Build, shard and fill the student, and the networks that follow it.
 
-        decay: 0: the teacher is the student itself; 1: it stays as it was; else it is averaged.
+        decay: of the teacher; 0: it is the student itself; 1: it stays as it was; else it is
+        averaged. average: how averages are held, and whether there is a second one.
         """

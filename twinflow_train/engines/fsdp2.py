@@ -3,111 +3,163 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from twinflow_train.batch import Velocity
 from twinflow_train.dist import World
-from twinflow_train.engines.average import decay_at, follow
-from twinflow_train.engines.base import Engine, Precision, Span
-from twinflow_train.engines.optim import MOMENTS, Optim, begin_state, set_updates
-from twinflow_train.errors import UserError
+from twinflow_train.engines.average import Averages, decay_at, follow
+from twinflow_train.engines.base import Engine, Span, evaluated, nothing
+from twinflow_train.engines.optim import MOMENTS, Optim, set_rate, set_updates
+from twinflow_train.engines.recompute import recompute_every
+from twinflow_train.errors import UserError, check
 from twinflow_train.models.base import Model, VelocityNet, Weights
 
 
 @dataclass(kw_only=True)
 class FSDP2(Engine):
-    """Fully sharded data parallel: every rank holds 1 / ranks of weights, average and moments.
+    """Fully sharded data parallel: weights, averages and moments are cut over `shard_over` ranks.
 
-    precision: type in which the networks compute.
-    recompute: recompute every n-th block's activations in the backward pass; 0 keeps all.
-    reshard: free gathered weights after each forward pass; without it both networks stay gathered
+    shard_over: ranks that share one copy of the state; 0 is all. With fewer than all, copies are
+    replicated (HSDP): gathers stay among these ranks, for instance those of one node, and only
+    gradients cross between copies, once a step.
+    reshard: free gathered weights after each forward pass; without it the networks stay gathered
         from their first pass to the end of the step: fewer gathers, more memory.
+    offload: keep shards and moments in host memory, and let the CPU take the optimizer's step.
+    bf16_reduce: reduce gradients in bfloat16: half the traffic, a little noise.
     """
 
-    precision: Precision = Precision.bf16
-    recompute: int = 1
+    shard_over: int = 0
     reshard: bool = True
+    offload: bool = False
+    bf16_reduce: bool = False
 
     def __post_init__(self) -> None:
-        if self.recompute < 0:
-            raise ValueError(f"engine.recompute must be 0 or more, got {self.recompute}")
+        super().__post_init__()
+        check("engine", self, [("shard_over", self.shard_over >= 0, "0 (all ranks) or more")])
 
     def shard(
-        self, model: Model, weights: Weights, *, optim: Optim, decay: float, world: World
+        self,
+        model: Model,
+        weights: Weights,
+        *,
+        optim: Optim,
+        decay: float,
+        average: Averages,
+        world: World,
     ) -> ShardedFSDP2:
-        """Build, shard and fill student and teacher (see `Engine`)."""
-        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+        """Build, shard and fill the networks (see `Engine`)."""
+        mesh = self._mesh(world)
+        decays = average.decays(decay)
+        student = self._network(model, weights, mesh, offload=self.offload)
+        second = {
+            kind: self._network(
+                model, weights, mesh, offload=average.offload, bf16=average.bf16
+            ).requires_grad_(False)
+            for kind in decays
+        }
+        if decay == 1:
+            second["average"].keep_own_clock()
+        return ShardedFSDP2(student, second, decays=decays, optim=optim, world=world)
+
+    def _mesh(self, world: World) -> DeviceMesh:
+        """Arrange the ranks: neighbours share one copy of the state."""
+        over = self.shard_over or world.size
+        if world.size % over:
+            raise UserError(
+                f"engine.shard_over = {over} does not divide the {world.size} ranks of this job"
+            )
+        device = world.device.type
+        if over == world.size:
+            return init_device_mesh(device, (over,), mesh_dim_names=("shard",))
+        copies = world.size // over
+        return init_device_mesh(device, (copies, over), mesh_dim_names=("replicate", "shard"))
+
+    def _network(
+        self, model: Model, weights: Weights, mesh: DeviceMesh, *, offload: bool, bf16: bool = False
+    ) -> VelocityNet:
+        """Build one network on meta, shard it, and read this rank's rows of the weights."""
+        net = model.build()
+        if bf16:
+            net.to(torch.bfloat16)
+        if self.recompute:
+            call = recompute_every(
+                self.recompute, len(net.blocks), keep_products=self.keep_products
+            )
+            net.recompute(call)
         policy = MixedPrecisionPolicy(
-            param_dtype=self.precision.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=self.precision.dtype,
+            reduce_dtype=torch.bfloat16 if self.bf16_reduce else torch.float32,
+            cast_forward_inputs=False,
         )
-
-        def sharded() -> VelocityNet:
-            net = model.build()
-            if self.recompute:
-                net.recompute(recompute_every(self.recompute, len(net.blocks)))
-            for block in net.blocks:
-                fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=self.reshard)
+        place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else None
+        for module in (*net.blocks, net):
             # Without the explicit flag a root that only runs forward stays gathered.
-            fully_shard(net, mesh=mesh, mp_policy=policy, reshard_after_forward=self.reshard)
-            net.to_empty(device=world.device)
-            fill(net, weights)
-            return net
-
-        student = sharded()
-        second = sharded().requires_grad_(False) if decay > 0 else None
-        return ShardedFSDP2(student, second, optim=optim, decay=decay, world=world)
+            fully_shard(
+                module,
+                mesh=mesh,
+                mp_policy=policy,
+                reshard_after_forward=self.reshard,
+                offload_policy=place or OffloadPolicy(),
+            )
+        net.to_empty(device="cpu" if offload else mesh.device_type)
+        fill(net, weights)
+        return net
 
 
 class ShardedFSDP2:
-    """A student and its teacher under FSDP2 (see `Sharded`)."""
+    """A student and the networks that follow it under FSDP2 (see `Sharded`)."""
 
     def __init__(
         self,
         student: VelocityNet,
-        second: VelocityNet | None,
+        second: Mapping[str, VelocityNet],
         *,
+        decays: Mapping[str, float],
         optim: Optim,
-        decay: float,
         world: World,
     ) -> None:
-        self._net, self._second = student, second
-        self._optim, self._decay, self._world = optim, decay, world
+        self._net, self._second, self._decays = student, second, decays
+        self._optim, self._world = optim, world
         # The sharded parameters, held here: while gathered, a module shows others in their place.
-        self._shards = {"model": _sharded(student)}
-        if second is not None:
-            self._shards["average"] = _sharded(second)
+        self._shards = {kind: _sharded(net) for kind, net in {"model": student, **second}.items()}
         self._trained = [p for p in student.parameters() if p.requires_grad]
         self._optimizer = optim.build(self._trained)
-        begin_state(self._optimizer)
         self.updates = 0
         self.student: Velocity = student
-        self.teacher: Velocity = second if second is not None else student
-        self.average: Velocity | None = second if 0 < decay < 1 else None
+        self.teacher: Velocity = second.get("average", student)
+        self.averages: Mapping[str, Velocity] = {
+            kind: net for kind, net in second.items() if decays[kind] < 1
+        }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Give the shape of each of the student's parameters, by its name in weight files."""
         return {name: tuple(p.shape) for name, p in self._shards["model"].items()}
 
     def networks(self) -> dict[str, Velocity]:
-        """Name the networks to evaluate: "raw" and, where there is an average, "ema"."""
-        raw = {"raw": self.student}
-        return raw if self.average is None else raw | {"ema": self.average}
+        """Name the networks to evaluate: "raw" and, where there are averages, "ema" and "slow"."""
+        return evaluated(self.student, self.averages)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of this rank's share of the loss; reduces at once.
 
-        FSDP2 averages over ranks, the loss is summed over them: hence the factor.
+        Only the sum over replicated copies waits for the last micro-step. FSDP2 averages over
+        ranks, the loss is summed over them: hence the factor.
         """
+        _fsdp(self._net).set_requires_all_reduce(last)
         (loss * self._world.size).backward()
 
     def step(self, rate: float) -> Tensor:
@@ -125,26 +177,28 @@ class ShardedFSDP2:
             )
         if self._optim.clip:
             nn.utils.clip_grads_with_norm_(self._trained, self._optim.clip, norm, foreach=True)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self._optimizer, rate)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.updates += 1
-        if self._second is not None and self._decay < 1:
-            decay = decay_at(self._decay, self.updates)
-            follow(self._locals("average"), self._locals("model"), decay)
-            reshard(self._second)
+        for kind, decay in self._decays.items():
+            if decay < 1:
+                now = decay_at(decay, self.updates)
+                path = (kind, self.updates, self._world.rank)
+                follow(self._locals(kind), self._locals("model"), now, path=path)
+                reshard(self._second[kind])
         reshard(self._net)
         return norm
 
     def spans(self) -> Iterator[Span]:
-        """Yield this rank's part of every parameter, average and moment as live flat views."""
+        """Yield this rank's part of every parameter, average and moment as flat views."""
         for kind, shards in self._shards.items():
-            yield from (_span(kind, name, shard.detach()) for name, shard in shards.items())
+            for i, (name, shard) in enumerate(shards.items()):
+                yield _span(kind, name, shard.detach(), turn=i)
         names = {id(p): name for name, p in self._shards["model"].items()}
-        for parameter, state in self._optimizer.state.items():
+        for i, (parameter, state) in enumerate(self._optimizer.state.items()):
             for kind in MOMENTS:
-                yield _span(kind, names[id(parameter)], state[kind])
+                yield _span(kind, names[id(parameter)], state[kind], turn=i)
 
     def restored(self, updates: int) -> None:
         """Take note that the spans were filled from a checkpoint after `updates` updates."""
@@ -152,7 +206,7 @@ class ShardedFSDP2:
         set_updates(self._optimizer, updates)
 
     def whole(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, whole tensor on the CPU) of "model" or "average" on rank 0; collective."""
+        """Yield (name, whole tensor on the CPU) of a kind of weights on rank 0; collective."""
         for name, parameter in self._shards[kind].items():
             tensor = parameter.full_tensor().detach()
             if self._world.main:
@@ -160,18 +214,6 @@ class ShardedFSDP2:
 
     def _locals(self, kind: str) -> list[Tensor]:
         return [_dtensor(shard.detach()).to_local() for shard in self._shards[kind].values()]
-
-
-def recompute_every(n: int, blocks: int) -> Callable[..., object]:
-    """Return a caller of blocks, asked in turn, that recomputes every n-th in the backward pass."""
-    turns = count()
-
-    def call(block: Callable[..., object], *inputs: Any) -> object:
-        if next(turns) % blocks % n:
-            return block(*inputs)
-        return checkpoint(block, *inputs, use_reentrant=False)
-
-    return call
 
 
 def reshard(net: nn.Module) -> None:
@@ -191,29 +233,48 @@ def fill(net: VelocityNet, weights: Weights) -> None:
             local.copy_(rows)
 
 
-def _span(kind: str, name: str, tensor: Tensor) -> Span:
+def _span(kind: str, name: str, tensor: Tensor, *, turn: int) -> Span:
+    """Describe this rank's part; replicated copies take turns in saving, tensor by tensor."""
     shard = _dtensor(tensor)
-    local = shard.to_local()
-    row = math.prod(shard.shape[1:])
+    mesh, local = shard.device_mesh, shard.to_local()
+    copies = mesh.size() // mesh.size(-1)
+    mine = turn % copies == (mesh.get_local_rank(0) if copies > 1 else 0)
+    offset = _first_row(shard) * math.prod(shard.shape[1:])
+    if type(local) is Tensor:
+        flat, commit = local.view(-1), nothing
+    else:  # quantized: a copy, to be quantized again, which gives back the same numbers
+        flat = local.dequantize().float().view(-1)
+        commit = partial(_requantize, local, flat)
     return Span(
         kind=kind,
         name=name,
         shape=tuple(shard.shape),
-        offset=_first_row(shard) * row,
-        local=local.view(-1),
+        offset=offset,
+        local=flat,
+        mine=mine,
+        commit=commit,
     )
+
+
+def _requantize(state: Tensor, flat: Tensor) -> None:
+    state.copy_(flat.view(state.shape))
 
 
 def _first_row(shard: DTensor) -> int:
     """Return where this rank's rows begin: FSDP2 cuts the first axis into equal chunks."""
     mesh = shard.device_mesh
-    chunk = -(-shard.shape[0] // mesh.size())
-    return min(chunk * mesh.get_local_rank(), shard.shape[0])
+    chunk = -(-shard.shape[0] // mesh.size(-1))
+    return min(chunk * mesh.get_local_rank(mesh.ndim - 1), shard.shape[0])
 
 
 def _sharded(net: VelocityNet) -> dict[str, DTensor]:
     """Name a network's sharded parameters as weight files do."""
     return {net.stored_name(name): _dtensor(p) for name, p in net.named_parameters()}
+
+
+def _fsdp(net: nn.Module) -> FSDPModule:
+    assert isinstance(net, FSDPModule), "the network went through fully_shard"
+    return net
 
 
 def _dtensor(tensor: Tensor) -> DTensor:

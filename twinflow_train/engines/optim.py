@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from twinflow_train.errors import UserError, check
+
 
 @dataclass(kw_only=True)
-class Optim:
+class Optim(ABC):
     """What every optimizer shares.
 
     lr: highest learning rate. betas: decay of the first and second moments.
@@ -30,16 +33,15 @@ class Optim:
     lr_end: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"optim.lr must be positive, got {self.lr}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas must be two numbers in [0, 1), got {list(self.betas)}")
+        check("optim", self, self._rules())
+
+    def _rules(self) -> Iterator[tuple[str, bool, str]]:
+        betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        yield "lr", 0 < self.lr < math.inf, "positive"
+        yield "betas", betas, "two numbers in [0, 1)"
         for key in ("eps", "weight_decay", "clip", "warmup", "lr_end"):
-            value = self.__dict__[key]
-            if not 0 <= value < math.inf:
-                raise ValueError(f"optim.{key} must be 0 or more, got {value}")
-        if not 0 <= self.constant <= 1:
-            raise ValueError(f"optim.constant must be in [0, 1], got {self.constant}")
+            yield key, 0 <= vars(self)[key] < math.inf, "0 or more"
+        yield "constant", 0 <= self.constant <= 1, "in [0, 1]"
 
     def rate(self, step: int, steps: int) -> float:
         """Return the learning rate of step `step` (from 0) in a run of `steps`."""
@@ -51,39 +53,99 @@ class Optim:
         along = (step - start) / max(1.0, steps - start)
         return self.lr * (self.lr_end + (1 - self.lr_end) * (1 + math.cos(math.pi * along)) / 2)
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Make the optimizer."""
-        raise NotImplementedError
+    @abstractmethod
+    def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """Make the optimizer, every parameter with its zero moments.
+
+        Memory and checkpoints are whole from the first step on, and nothing is made in between.
+        """
 
 
 @dataclass(kw_only=True)
 class AdamW(Optim):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Make a fused AdamW."""
-        return torch.optim.AdamW(
-            list(parameters),
+    def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """Make a fused AdamW with zero moments."""
+        optimizer = torch.optim.AdamW(
+            parameters,
             lr=self.lr,
             betas=(self.betas[0], self.betas[1]),
             eps=self.eps,
             weight_decay=self.weight_decay,
             fused=True,
         )
+        for p in parameters:  # a fused step reads its count on the device
+            optimizer.state[p] = _zeros(p, step=torch.zeros((), device=p.device))
+        return optimizer
+
+
+@dataclass(kw_only=True)
+class RAdam(Optim):
+    """Rectified Adam (Liu et al. 2020), with decoupled weight decay."""
+
+    def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """Make a RAdam over lists of tensors with zero moments."""
+        optimizer = torch.optim.RAdam(
+            parameters,
+            lr=self.lr,
+            betas=(self.betas[0], self.betas[1]),
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            decoupled_weight_decay=True,
+            foreach=True,
+        )
+        for p in parameters:
+            optimizer.state[p] = _zeros(p, step=torch.zeros(()))
+        return optimizer
+
+
+@dataclass(kw_only=True)
+class AdamW8bit(Optim):
+    """AdamW with moments of 8 bits in blocks of 256 (Dettmers et al. 2022), by torchao.
+
+    Of a shard of fewer than 4,096 numbers, or one that blocks do not divide, they stay float32.
+    """
+
+    def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """Make torchao's optimizer with zero moments; UserError if torchao is not installed."""
+        try:
+            from torchao.optim import AdamW8bit as Torchao
+        except ImportError as error:
+            raise UserError(
+                "optim=adamw8bit needs torchao: pip install 'twinflow-train[lowbit]'"
+            ) from error
+        optimizer: torch.optim.Optimizer = Torchao(
+            parameters,
+            lr=self.lr,
+            betas=(self.betas[0], self.betas[1]),
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+        )
+        set_rate(optimizer, 0.0)
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()  # of length 0: torchao makes its state on the way
+        optimizer.zero_grad(set_to_none=True)
+        set_updates(optimizer, 0)
+        return optimizer
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of the state that Adam-like optimizers keep beside each parameter."""
 
 
-def begin_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its zero moments now: memory and checkpoints are whole from step 0."""
+def _zeros(parameter: nn.Parameter, *, step: Tensor) -> dict[str, Tensor]:
+    return {"step": step, **{name: torch.zeros_like(parameter) for name in MOMENTS}}
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                **{name: torch.zeros_like(parameter) for name in MOMENTS},
-            }
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:

@@ -1,0 +1,93 @@
+"""What is told of the game's health: against networks whose health is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.evals import digits
+from tests.evals.conftest import Real
+from tests.helpers import spawn
+from twinflow_train.batch import Condition, Velocity
+from twinflow_train.data.shards import ShardSet
+from twinflow_train.dist import World
+from twinflow_train.evals.health import Health
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+
+
+def measure(
+    heldout: ShardSet, student: Velocity, teacher: Velocity, *, delta: float = 0.01
+) -> dict[str, float]:
+    health = Health(student=student, teacher=teacher, delta=delta, dtype=torch.bfloat16)
+    return health.measure(heldout, ALONE)
+
+
+def scaled(by: float) -> Velocity:
+    """A velocity along x_t: the teacher's distance and the two steps are known in closed form."""
+
+    def velocity(x_t: Tensor, t: Tensor, r: Tensor, cond: Condition, /) -> Tensor:
+        return by * x_t
+
+    return velocity
+
+
+def test_a_teacher_is_as_far_as_it_is(real: Real) -> None:
+    found = measure(real.heldout, scaled(0.5), scaled(0.4))
+    assert found["health/teacher_distance"] == pytest.approx(0.25, rel=1e-5)
+
+
+def test_a_student_that_is_its_own_teacher_has_no_distance_to_tell(real: Real) -> None:
+    student = scaled(0.5)
+    assert set(measure(real.heldout, student, student)) == {
+        "health/two_step_gap",
+        "health/noise_floor",
+    }
+
+
+def test_two_half_jumps_of_a_linear_field_are_known(real: Real) -> None:
+    # One jump leaves (1 - k) z, two half jumps (1 - k / 2)^2 z.
+    found = measure(real.heldout, scaled(0.5), scaled(0.4))
+    assert found["health/two_step_gap"] == pytest.approx((0.75**2 - 0.5) / 0.75**2, rel=1e-4)
+
+
+def test_an_average_velocity_has_no_gap(real: Real) -> None:
+    def exact(x_t: Tensor, t: Tensor, r: Tensor, cond: Condition, /) -> Tensor:
+        """The average velocity of dx/dt = x: (x_t - x_r) / (t - r), with x_r = x_t e^(r - t)."""
+        part = torch.where(t == r, 1.0, -torch.expm1(r - t) / (t - r).clamp(min=1e-9))
+        return part.reshape(-1, 1, 1, 1) * x_t
+
+    found = measure(real.heldout, exact, scaled(1.0))
+    assert found["health/two_step_gap"] < 1e-5
+    assert found["health/teacher_distance"] < 1e-5
+
+
+def test_the_noise_floor_is_roundings_over_delta(real: Real) -> None:
+    half = torch.finfo(torch.bfloat16).eps / 2
+
+    def rounding(x_t: Tensor, t: Tensor, r: Tensor, cond: Condition, /) -> Tensor:
+        return x_t.bfloat16().float()
+
+    coarse = measure(real.heldout, rounding, scaled(1.0))["health/noise_floor"]
+    fine = measure(real.heldout, scaled(1.0), scaled(1.0))["health/noise_floor"]
+    # At most half a unit is moved on the way in, and half a unit is rounded off twice.
+    assert 0.1 * half / 0.01 < coarse < 2 * half / 0.01
+    wide = measure(real.heldout, rounding, scaled(1.0), delta=0.1)["health/noise_floor"]
+    assert wide == pytest.approx(coarse / 10, rel=1e-6)
+    assert fine > 0
+
+
+def on_rank(world: World, folder: Path) -> dict[str, float]:
+    health = Health(
+        student=digits.Linear.make(3), teacher=digits.Linear.make(4), delta=0.01, dtype=torch.float
+    )
+    return health.measure(ShardSet(folder), world)
+
+
+def test_ranks_change_nothing(real: Real) -> None:
+    (alone,) = spawn(on_rank, 1, real.heldout.folder)
+    for found in spawn(on_rank, 2, real.heldout.folder):
+        assert found == pytest.approx(alone, rel=1e-4)
