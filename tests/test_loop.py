@@ -46,10 +46,16 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 
 def close(found: list[dict[str, Any]], wanted: list[dict[str, Any]], tolerance: float) -> None:
-    """Hold that two curves are the same up to a relative difference of losses and scores."""
+    """Hold that two curves are the same up to a relative difference of losses and scores.
+
+    The noise floor is made of rounding, which is what differs: its size has to be the same.
+    """
     assert [line.keys() for line in found] == [line.keys() for line in wanted]
+    floor = "health/noise_floor"
     for ours, theirs in zip(found, wanted, strict=True):
-        assert ours == pytest.approx(theirs, rel=tolerance), ours["step"]
+        assert ours.get(floor, 0) == pytest.approx(theirs.get(floor, 0), rel=0.1), ours["step"]
+        rest = {key: value for key, value in theirs.items() if key != floor}
+        assert {k: v for k, v in ours.items() if k != floor} == pytest.approx(rest, rel=tolerance)
 
 
 def wait_for(process: Running, path: Path, text: str = "") -> None:

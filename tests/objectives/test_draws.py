@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.objectives.toys import LATENT, whole
 from twinflow_train.deal import Deal
 from twinflow_train.draws import Draws
+from twinflow_train.objectives import presets
 from twinflow_train.objectives.roles import Shares
 from twinflow_train.objectives.twinflow import TwinFlow
 
@@ -164,6 +165,15 @@ def test_needs_are_the_methods() -> None:
     assert table.needs["rectify"].equal(index < 100)
     assert table.needs["recurse"].equal(real & (table.t - table.r >= 0.1))
     assert table.needs["guide"].equal(real & (table.t > 0.2) & (table.t < 0.7))
+
+
+def test_rows_that_no_mean_counts_need_no_pass_of_the_base_loss() -> None:
+    needs = presets.twinflow_paper().table(60, seed=7, step=0).needs
+    generators = torch.arange(60) < 10
+    assert needs["rectify"].equal(generators)
+    assert not (needs["recurse"] | needs["guide"])[generators].any()
+    assert needs["recurse"].any()
+    assert needs["guide"].any()
 
 
 def test_the_guidance_window_is_open() -> None:

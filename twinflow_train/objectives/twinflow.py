@@ -133,12 +133,14 @@ class TwinFlow:
         t, r = torch.cat(ts), torch.cat(rs)
         index = torch.arange(batch)
         fake = index >= batch - counts["fake"]
-        guided = (t > self.guidance_low) & (t < self.guidance_high) & ~fake
+        generators = index < counts["generator"]
+        based = ~fake & ~(generators & self.separate_means)
+        guided = (t > self.guidance_low) & (t < self.guidance_high) & based
         needs = {
             "generate": fake | self.image_free,
             "guide": guided & (self.guidance > 0),
-            "recurse": (t - r >= self.delta) & ~fake & (self.order > 0),
-            "rectify": (index < counts["generator"]) & (self.rectify_weight > 0),
+            "recurse": (t - r >= self.delta) & based & (self.order > 0),
+            "rectify": generators & (self.rectify_weight > 0),
         }
         return Table(counts=counts, t=t, r=r, needs=needs)
 
