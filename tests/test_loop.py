@@ -129,6 +129,32 @@ def test_the_losses_are_those_on_record(whole: Path) -> None:
         assert found[name] == pytest.approx(recorded[name], rel=1e-5), name
 
 
+def test_measuring_the_terms_changes_nothing_else(run: Tiny, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = run.words(folder, "terms_every=3", "eval_every=0")
+    assert run.program.run(*words).code == 0
+    measured = [line for line in lines(folder) if "loss/total" in line]
+    plain = [line for line in lines(whole) if "loss/total" in line]
+    terms = ("norm/base", "norm/fake", "norm/rectify")
+    for ours, theirs in zip(measured, plain, strict=True):
+        assert ours["loss/total"] == theirs["loss/total"]
+        assert ours["norm/grad"] == theirs["norm/grad"]
+        assert set(terms) & ours.keys() == (set(terms) if ours["step"] % 3 == 0 else set())
+        if ours["step"] % 3 == 0:
+            norms = [ours[term] for term in terms]
+            assert all(norm > 0 for norm in norms)
+            # The triangle inequality, both ways: the three gradients add up to the one.
+            assert max(norms) - sum(sorted(norms)[:2]) <= ours["norm/grad"] <= sum(norms) * 1.0001
+
+
+def test_health_is_told_at_evaluations(whole: Path) -> None:
+    told = [line for line in lines(whole) if "health/two_step_gap" in line]
+    assert [line["step"] for line in told] == [0, 4, 8, 12]
+    assert told[0]["health/teacher_distance"] == 0
+    assert told[-1]["health/teacher_distance"] > 0
+    assert all(0 < line["health/noise_floor"] < 1e-2 for line in told)  # in float32
+
+
 def test_a_finished_run_started_again_ends_with_the_same_files(run: Tiny, copy: Path) -> None:
     before = curve(copy)
     assert run.program.run(*run.words(copy)).code == 0

@@ -101,6 +101,8 @@ def learn(
     began = time.perf_counter()
     prepared = next(steps)
     waited = time.perf_counter() - began
+    due = run.terms_every and step % run.terms_every == 0
+    norms = norms_by_term(run, engine, prepared, world) if due else {}
     sums: dict[str, torch.Tensor] = {}
     for micro, (batch, draws) in enumerate(prepared, start=1):
         loss = run.objective.loss(engine.student, engine.teacher, batch.to(world.device), draws)
@@ -110,13 +112,28 @@ def learn(
     rate = run.optim.rate(step, run.steps)
     norm = engine.step(rate)
     means = world.sum(torch.stack(list(sums.values()))).tolist()
-    return dict(zip(sums, means, strict=True)) | {
-        "norm/grad": float(norm),
-        "lr": rate,
-        "time/data": waited,
-        "time/step": time.perf_counter() - began,
-        "memory/peak_gib": world.peak_memory() / 2**30,
-    }
+    return (
+        dict(zip(sums, means, strict=True))
+        | norms
+        | {
+            "norm/grad": float(norm),
+            "lr": rate,
+            "time/data": waited,
+            "time/step": time.perf_counter() - began,
+            "memory/peak_gib": world.peak_memory() / 2**30,
+        }
+    )
+
+
+def norms_by_term(run: Run, engine: Sharded, prepared: Prepared, world: World) -> dict[str, float]:
+    """Return the gradient norm of each term of the loss alone: the passes of three more steps."""
+    norms = {}
+    for term in ("base", "fake", "rectify"):
+        for micro, (batch, draws) in enumerate(prepared, start=1):
+            loss = run.objective.loss(engine.student, engine.teacher, batch.to(world.device), draws)
+            engine.backward(loss.terms[term], last=micro == len(prepared))
+        norms[f"norm/{term}"] = float(engine.discard())
+    return norms
 
 
 def export(run: Run, engine: Sharded, folder: Path, world: World) -> None:

@@ -53,9 +53,11 @@ class Run:
     name: of the run; folder: where everything it makes goes. seed: of all randomness.
     steps: optimizer steps; batch: samples of one, over all ranks; micro_batch: samples of one
     forward and backward on one rank. save_every, eval_every, log_every: in steps, 0 is only at
-    the end (saving), at the start and the end (evaluating) or never (logging). keep_last: newest
-    checkpoints to keep. init_from: a diffusers folder or the export of a run to start from; null
-    starts from random weights. average: how averaged networks are held.
+    the end (saving), at the start and the end (evaluating) or never (logging). terms_every: steps
+    between measurements of each loss term's own gradient norm, which cost as much as three steps;
+    0 is never. keep_last: newest checkpoints to keep. init_from: a diffusers folder or the export
+    of a run to start from; null starts from random weights. average: how averaged networks are
+    held.
     """
 
     name: str = "run"
@@ -68,6 +70,7 @@ class Run:
     keep_last: int = 2
     eval_every: int = 500
     log_every: int = 1
+    terms_every: int = 0
     resume: Resume = Resume.auto
     init_from: str | None = None
     model: Model = MISSING
@@ -83,7 +86,7 @@ class Run:
         for key in ("steps", "batch", "micro_batch"):
             if self.__dict__[key] < 1:
                 raise ValueError(f"{key} must be at least 1, got {self.__dict__[key]}")
-        for key in ("save_every", "eval_every", "log_every"):
+        for key in ("save_every", "eval_every", "log_every", "terms_every"):
             if self.__dict__[key] < 0:
                 raise ValueError(f"{key} must be 0 or more, got {self.__dict__[key]}")
         if not self.name or not self.folder:
@@ -203,6 +206,7 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
     "objective": {
         "twinflow": TwinFlow(),
         "twinflow_paper": presets.twinflow_paper(),
+        "twinflow_scratch": presets.twinflow_scratch(),
         "twinflow_lora_order1": presets.twinflow_lora_order1(),
         "twinflow_image_free": presets.twinflow_image_free(),
         "rcgm": presets.rcgm(),

@@ -101,6 +101,8 @@ def clipped(world: World, clip: float) -> dict[str, Any]:
     engine = trial.shard(world)
     before = whole(engine, "model")
     trial.backward(engine, 0, world)
+    discarded = float(engine.discard())
+    trial.backward(engine, 0, world)
     gradients = {
         network(engine).stored_name(name): _full(p.grad)
         for name, p in network(engine).named_parameters()
@@ -112,6 +114,7 @@ def clipped(world: World, clip: float) -> dict[str, Any]:
         "before": before,
         "gradients": gradients,
         "norm": float(norm),
+        "discarded": discarded,
         "plain tensor": not isinstance(norm, DTensor),
         "cleared": cleared,
         "after": whole(engine, "model"),
@@ -248,6 +251,7 @@ def test_clipping_uses_the_true_global_norm(ranks: int, clip: str) -> None:
     limit = CLIPS[clip]
     norm = nn.utils.clip_grad_norm_(parameters.values(), limit or float("inf"))
     assert found["norm"] == pytest.approx(float(norm), rel=1e-6)
+    assert found["discarded"] == found["norm"], "what was discarded must leave nothing behind"
     assert float(norm) > 0.3  # so that .25 is reached
     torch.optim.AdamW(
         parameters.values(), lr=1e-2, betas=(0.0, 0.0), eps=1.0, weight_decay=0

@@ -85,6 +85,10 @@ class Sharded(Protocol):
         """Clip, update, average and clear; return the global gradient norm before clipping."""
         ...
 
+    def discard(self) -> Tensor:
+        """Forget the accumulated gradient without an update; return its global norm."""
+        ...
+
     def spans(self) -> Iterator[Span]:
         """Yield every part of the state that this rank holds, the same names on every rank."""
         ...

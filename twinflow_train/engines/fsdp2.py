@@ -168,8 +168,7 @@ class ShardedFSDP2:
         Raises:
             UserError: it is not finite; alike on every rank, and nothing was updated.
         """
-        norm = nn.utils.get_total_norm([_some(p.grad) for p in self._trained], foreach=True)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = self._norm()
         if not norm.isfinite():
             raise UserError(
                 f"the gradient norm is {float(norm)} after {self.updates} updates; nothing was "
@@ -189,6 +188,16 @@ class ShardedFSDP2:
                 reshard(self._second[kind])
         reshard(self._net)
         return norm
+
+    def discard(self) -> Tensor:
+        """Forget the accumulated gradient without an update; return its global norm."""
+        norm = self._norm()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _norm(self) -> Tensor:
+        norm = nn.utils.get_total_norm([_some(p.grad) for p in self._trained], foreach=True)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def spans(self) -> Iterator[Span]:
         """Yield this rank's part of every parameter, average and moment as flat views."""

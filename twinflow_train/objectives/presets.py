@@ -38,6 +38,11 @@ def twinflow_paper() -> TwinFlow:
     )
 
 
+def twinflow_scratch() -> TwinFlow:
+    """Training from random weights: squared error, a wide delta, more rows near the diagonal."""
+    return TwinFlow(shares=Shares(local=2), delta=0.1, distance=l2())
+
+
 def twinflow_lora_order1() -> TwinFlow:
     """First-order LoRA training: direct rows, guidance 4 from the frozen base."""
     return TwinFlow(shares=Shares(jump=0, direct=1), order=1, guidance=4.0, teacher_decay=1.0)
