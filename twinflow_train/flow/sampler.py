@@ -203,3 +203,11 @@ def trajectory(
             x = interpolate(x_hat, z_hat, then)
         before = ends
         yield Step(x_hat=ends[0], x=x)
+
+
+FEW = {
+    1: Sampler(),
+    2: Sampler(steps=2, stochasticity=1.0, end_gap=0.6),
+    4: Sampler(steps=4, stochasticity=1.0, end_gap=0.5),
+}
+"""The published settings for few steps, by their number."""

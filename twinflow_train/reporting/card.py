@@ -1,0 +1,106 @@
+"""What goes out with exported weights: a model card, and how to sample with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from twinflow_train.data.manifest import About
+from twinflow_train.flow.sampler import FEW, Sampler, Style
+from twinflow_train.reporting.table import markdown
+
+SETTINGS = "sampler.json"
+CARD = "README.md"
+WEIGHTS = {"average": "averaged weights", "slow": "slowly averaged weights", "model": "raw weights"}
+FILL_IN = "FILL IN: the licence of the base model and of the data decide"
+
+
+def write(
+    folder: Path,
+    *,
+    manifest: Mapping[str, Any],
+    about: About,
+    kind: str,
+    step: int,
+    samples: int,
+    summary: Mapping[str, Any],
+) -> None:
+    """Write card and sampler settings into an export's folder.
+
+    manifest: the run's. about: its data. kind: of the weights. summary: results of this step, as in
+    `summary.json`, or nothing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    samplers = [_plain(sampler) for sampler in FEW.values()]
+    (folder / SETTINGS).write_text(json.dumps(samplers, indent=2) + "\n")
+    lines = _card(manifest, about, kind=kind, step=step, samples=samples, summary=summary)
+    (folder / CARD).write_text("\n".join(lines) + "\n")
+
+
+def read_samplers(folder: Path) -> list[Sampler]:
+    """Read the settings that travel with weights."""
+    said: list[dict[str, Any]] = json.loads((folder / SETTINGS).read_text())
+    return [Sampler(**(each | {"style": Style[each["style"]]})) for each in said]
+
+
+def _plain(sampler: Sampler) -> dict[str, Any]:
+    values = asdict(sampler)
+    return {k: v.name if isinstance(v, Enum) else v for k, v in values.items()}
+
+
+def _card(
+    manifest: Mapping[str, Any],
+    about: About,
+    *,
+    kind: str,
+    step: int,
+    samples: int,
+    summary: Mapping[str, Any],
+) -> Iterator[str]:
+    """Yield the card's lines."""
+    config = manifest["config"]
+    base = config["init_from"] or "random weights"
+    yield from ["---", f'license: "{FILL_IN}"', "library_name: diffusers"]
+    yield from ["pipeline_tag: text-to-image", "tags: [twinflow, few-step]", "---", ""]
+    yield from [f"# {config['name']}", ""]
+    yield (
+        f"A {config['model']['_type']} transformer that draws in one, two or four steps, trained "
+        f"with TwinFlow (arXiv 2512.05150) by TwinFlow Train {manifest['twinflow_train']}. "
+        f"`transformer/` holds the {WEIGHTS[kind]} after {step:,} steps on {samples:,} samples; "
+        f"`{SETTINGS}` says how to sample."
+    )
+    yield from ["", "## How it was made", ""]
+    yield f"- start: {base}"
+    yield f"- data: {config['data']['path']}; encoder {about.encoder}, revision {about.revision}"
+    yield f"- licence note of the data: {about.licence}"
+    yield f"- null prompt: {about.null_prompt!r}"
+    yield f"- batch {config['batch']}, {config['optim']['_type']}, {_settings(config['optim'])}"
+    yield f"- objective {config['objective']['_type']}: {_settings(config['objective'])}"
+    yield f"- seed {config['seed']}, code {manifest['commit'] or 'not from a checkout'}"
+    rows = _of(summary.get("results", []), kind)
+    if rows:
+        yield from ["", "## Results", "", markdown(rows, real=summary.get("real"))]
+
+
+def _of(rows: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
+    """Keep the rows of these weights and of the base."""
+    shown = {"average": "ema", "slow": "slow", "model": "raw"}[kind]
+    return [row for row in rows if row["model"] in ("base", shown)]
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    """Write settings in one line."""
+    parts = [
+        f"{key} ({_settings(value)})" if isinstance(value, Mapping) else f"{key} {_value(value)}"
+        for key, value in values.items()
+        if key != "_type"
+    ]
+    return ", ".join(parts)
+
+
+def _value(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
