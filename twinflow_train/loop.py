@@ -39,7 +39,7 @@ def train(run: Run) -> int:
         folder = stack.enter_context(run_folder(run.folder, world))
         engine = run.shard(world)
         progress = Progress()
-        saves = run.checkpoints(folder, engine, progress, world)
+        saves = stack.enter_context(run.saves(folder, engine, progress, world))
         anew = run.resume is Resume.never
         if anew or not saves.resume(must=run.resume is Resume.must):
             set_aside(folder, world)
@@ -66,15 +66,17 @@ def train(run: Run) -> int:
             if done or stop:
                 break
             values = learn(run, engine, steps, progress.step, world)
-            log.stepped(progress.step, progress.samples, values)
+            log.stepped(progress.step, progress.samples, values | saves.figures())
             progress.advance(run.batch)
         if stop:
+            saves.finish()
             log.tell(f"interrupted after step {progress.step}; start again to continue")
             return INTERRUPTED
         export(run, engine, folder / "export", world)
         summary = found.evaluation.summary() | {"name": run.name, "heldout": found.heldout}
         summary |= {"step": progress.step, "samples": progress.samples}
         log.tell(conclude(folder, summary, write=world.main))
+        saves.finish()
         return 0
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from twinflow_train.checkpoint import Checkpoints, Progress, sha256
+from twinflow_train.checkpoint import Checkpoints, Progress, refuse_unusable
 from twinflow_train.data.loader import Shards
 from twinflow_train.deal import Deal
 from twinflow_train.dist import World
@@ -21,7 +21,9 @@ from twinflow_train.engines.average import Averages
 from twinflow_train.engines.base import Engine, Sharded
 from twinflow_train.engines.fsdp2 import FSDP2
 from twinflow_train.engines.optim import AdamW, AdamW8bit, Optim, RAdam
+from twinflow_train.engines.zero3 import ZeRO3
 from twinflow_train.evals.suite import Digits, Evals, NoEvals
+from twinflow_train.files import sha256
 from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
 from twinflow_train.models.base import Model, Weights
 from twinflow_train.models.qwen_image import QwenImage
@@ -52,9 +54,11 @@ class Run:
     name: of the run; folder: where everything it makes goes. seed: of all randomness.
     steps: optimizer steps; batch: samples of one, over all ranks; micro_batch: samples of one
     forward and backward on one rank. save_every, eval_every, log_every: in steps, 0 is only at
-    the end (saving), at the start and the end (evaluating) or never (logging). keep_last: newest
-    checkpoints to keep. init_from: a diffusers folder or the export of a run to start from; null
-    starts from random weights. average: how averaged networks are held.
+    the end (saving), at the start and the end (evaluating) or never (logging). checkpoints: where
+    they go, a folder or a URL such as s3://bucket/run, of this run alone; null is
+    FOLDER/checkpoints. keep_last: newest checkpoints to keep; keep_every: those at multiples of
+    so many steps stay for ever, 0 is none. init_from: a diffusers folder or the export of a run to
+    start from; null starts from random weights. average: how averaged networks are held.
     """
 
     name: str = "run"
@@ -64,7 +68,9 @@ class Run:
     batch: int = MISSING
     micro_batch: int = MISSING
     save_every: int = 500
+    checkpoints: str | None = None
     keep_last: int = 2
+    keep_every: int = 0
     eval_every: int = 500
     log_every: int = 1
     resume: Resume = Resume.auto
@@ -82,11 +88,13 @@ class Run:
         for key in ("steps", "batch", "micro_batch"):
             if self.__dict__[key] < 1:
                 raise ValueError(f"{key} must be at least 1, got {self.__dict__[key]}")
-        for key in ("save_every", "eval_every", "log_every"):
+        for key in ("save_every", "keep_every", "eval_every", "log_every"):
             if self.__dict__[key] < 0:
                 raise ValueError(f"{key} must be 0 or more, got {self.__dict__[key]}")
         if not self.name or not self.folder:
             raise ValueError("name and folder must not be empty")
+        if self.checkpoints is not None and not self.checkpoints.strip():
+            raise ValueError("checkpoints must be a folder, a URL or null (FOLDER/checkpoints)")
         if self.keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {self.keep_last}")
         if self.batch % self.micro_batch:
@@ -117,6 +125,8 @@ class Run:
         self.evals.check(self.data.held_out())
         form = self.data.train().manifest.form
         self.model.check(form.latent_shape, form.text_width)
+        if self.checkpoints is not None:
+            refuse_unusable(self.checkpoints, empty=self.resume is Resume.never, world=world)
 
     def shard(self, world: World) -> Sharded:
         """Build the sharded student and its teacher."""
@@ -130,17 +140,16 @@ class Run:
             world=world,
         )
 
-    def checkpoints(
-        self, folder: Path, engine: Sharded, progress: Progress, world: World
-    ) -> Checkpoints:
+    def saves(self, folder: Path, engine: Sharded, progress: Progress, world: World) -> Checkpoints:
         """Open the run's checkpoints."""
         return Checkpoints(
-            folder=folder / "checkpoints",
+            folder=self.checkpoints or folder / "checkpoints",
             engine=engine,
             progress=progress,
             world=world,
             identity=self.identity(),
             keep=self.keep_last,
+            keep_every=self.keep_every,
         )
 
     def log(self, folder: Path, progress: Progress, world: World) -> AbstractContextManager[Log]:
@@ -199,7 +208,7 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
         "rcgm_pure": presets.rcgm_pure(),
         "flow_matching": presets.flow_matching(),
     },
-    "engine": {"fsdp2": FSDP2()},
+    "engine": {"fsdp2": FSDP2(), "zero3": ZeRO3()},
     "optim": {"adamw": AdamW(), "adamw8bit": AdamW8bit(), "radam": RAdam()},
     "data": {"shards": Shards()},
     "evals": {"digits": Digits(), "none": NoEvals()},

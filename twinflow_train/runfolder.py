@@ -17,6 +17,7 @@ from typing import Any
 import twinflow_train
 from twinflow_train.dist import World
 from twinflow_train.errors import UserError
+from twinflow_train.files import whole_file
 from twinflow_train.scrub import scrub
 
 LIBRARIES = ("torch", "diffusers", "transformers", "deepspeed", "webdataset", "hydra-core", "wandb")
@@ -81,8 +82,10 @@ def write_manifest(folder: Path, config: Mapping[str, Any], yaml: str, world: Wo
         "python": platform.python_version(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
-    (folder / "config.yaml").write_text(scrub(yaml))
-    (folder / "manifest.json").write_text(json.dumps(scrub(manifest), indent=2) + "\n")
+    texts = {"config.yaml": scrub(yaml), "manifest.json": json.dumps(scrub(manifest), indent=2)}
+    for name, text in texts.items():
+        with whole_file(folder / name) as unfinished:
+            unfinished.write_text(text.rstrip() + "\n")
 
 
 def _commit() -> str | None:

@@ -1,0 +1,5 @@
+"""Checkpoints of any engine in one format, saved while training goes on."""
+
+from twinflow_train.checkpoint.saves import Checkpoints, Progress, refuse_unusable
+
+__all__ = ["Checkpoints", "Progress", "refuse_unusable"]
