@@ -29,6 +29,7 @@ CONFIGURES = ("run", "launch", *LAYERS[-1])
 OWNERS = {
     "deepspeed": ("engines.zero3",),
     "diffusers": ("models",),
+    "fsspec": ("checkpoint.place",),
     "hydra": CONFIGURES,
     "mlxtend": (),
     "omegaconf": CONFIGURES,

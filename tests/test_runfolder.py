@@ -12,7 +12,7 @@ import torch
 from tests.helpers import spawn
 from twinflow_train.dist import World
 from twinflow_train.errors import UserError
-from twinflow_train.runfolder import run_folder, set_aside, write_manifest
+from twinflow_train.runfolder import read_manifest, run_folder, set_aside, write_manifest
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
@@ -104,8 +104,13 @@ def test_a_manifest_says_what_made_the_run(tmp_path: Path, monkeypatch: pytest.M
     odd = '\'; $(touch made) `x` ${seed} "q" \\ \n\u00e4'
     monkeypatch.setattr(sys, "argv", ["train", f"data.path={url}", odd])
     write_manifest(
-        tmp_path, {"data": {"path": url, "list": [url]}, "name": odd}, f"url: {url}\n", ALONE
+        tmp_path,
+        {"data": {"path": url, "list": [url]}, "name": odd},
+        f"url: {url}\n",
+        {"licence": "CC-BY"},
+        ALONE,
     )
+    assert read_manifest(tmp_path)["data"] == {"licence": "CC-BY"}
     text = (tmp_path / "manifest.json").read_text()
     said = json.loads(text)
     hidden = "https://***@host/x?token=***"
@@ -119,5 +124,10 @@ def test_a_manifest_says_what_made_the_run(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_only_the_main_process_writes_the_manifest(tmp_path: Path) -> None:
-    write_manifest(tmp_path, {}, "", World(rank=1, size=2, device=torch.device("cpu")))
+    write_manifest(tmp_path, {}, "", {}, World(rank=1, size=2, device=torch.device("cpu")))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"manifest.json is missing: give a run's folder"):
+        read_manifest(tmp_path)

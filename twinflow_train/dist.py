@@ -1,4 +1,4 @@
-"""Processes: who am I, how many are we, and shall we stop. Starts the one process group."""
+"""Processes: who am I, how many are we, and shall we stop. Starts all process groups."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among all: `rank` of `size`, computing on `device`."""
+    """This process among all: `rank` of `size`, computing on `device`.
+
+    group: through which they talk, None for the one that `start` joined. Two threads may not talk
+    through one group: see `aside`.
+    """
 
     rank: int
     size: int
     device: torch.device
+    group: torch_dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
@@ -32,7 +37,7 @@ class World:
     def sum(self, value: Tensor) -> Tensor:
         """Add a tensor over all processes, in place; collective."""
         if self.size > 1:
-            torch_dist.all_reduce(value)
+            torch_dist.all_reduce(value, group=self.group)
         return value
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -40,7 +45,7 @@ class World:
         if self.size == 1:
             return rows[None]
         parts = [torch.empty_like(rows) for _ in range(self.size)]
-        torch_dist.all_gather(parts, rows.contiguous())
+        torch_dist.all_gather(parts, rows.contiguous(), group=self.group)
         return torch.stack(parts)
 
     def any(self, flag: bool) -> bool:
@@ -53,16 +58,25 @@ class World:
         """Collect one string of every process, in rank order; collective."""
         data = text.encode()
         length = self.gather(torch.tensor([len(data)], device=self.device)).flatten()
-        padded = torch.zeros(int(length.max()), dtype=torch.uint8, device=self.device)
-        padded[: len(data)] = torch.tensor(list(data), dtype=torch.uint8, device=self.device)
-        rows = self.gather(padded).cpu()
+        padded = torch.frombuffer(bytearray(data.ljust(int(length.max()) or 1)), dtype=torch.uint8)
+        rows = self.gather(padded.to(self.device)).cpu()
         return [
-            bytes(row[:n].tolist()).decode() for row, n in zip(rows, length.tolist(), strict=True)
+            row[:n].numpy().tobytes().decode() for row, n in zip(rows, length.tolist(), strict=True)
         ]
 
     def barrier(self) -> None:
         """Wait for all processes."""
         self.any(False)
+
+    def aside(self) -> World:
+        """Form a second group of the same processes, on the CPU, for one other thread; collective.
+
+        Its collectives wait for the slowest process for up to an hour.
+        """
+        group = None
+        if self.size > 1:
+            group = torch_dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+        return World(rank=self.rank, size=self.size, device=torch.device("cpu"), group=group)
 
     def peak_memory(self) -> int:
         """Return the most bytes this process has held: on its GPU, or resident on the CPU."""

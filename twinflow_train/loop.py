@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,9 +20,10 @@ from twinflow_train.draws import Draws
 from twinflow_train.engines.base import Sharded
 from twinflow_train.evals.during import evaluate
 from twinflow_train.models.base import save_folder
+from twinflow_train.reporting import card
 from twinflow_train.reporting.summary import conclude
 from twinflow_train.run import INTERRUPTED, Resume, Run
-from twinflow_train.runfolder import run_folder, set_aside, write_manifest
+from twinflow_train.runfolder import read_manifest, run_folder, set_aside, write_manifest
 
 Prepared = list[tuple[Batch, Draws]]
 """One optimizer step of one rank: its micro-batches and their randomness."""
@@ -39,11 +41,11 @@ def train(run: Run) -> int:
         folder = stack.enter_context(run_folder(run.folder, world))
         engine = run.shard(world)
         progress = Progress()
-        saves = run.checkpoints(folder, engine, progress, world)
+        saves = stack.enter_context(run.saves(folder, engine, progress, world))
         anew = run.resume is Resume.never
         if anew or not saves.resume(must=run.resume is Resume.must):
             set_aside(folder, world)
-        write_manifest(folder, run.config(), run.yaml(), world)
+        write_manifest(folder, run.config(), run.yaml(), run.about(), world)
         log = stack.enter_context(run.log(folder, progress, world))
         log.tell(run.banner(engine, world))
         steps = prefetch(prepare(run, progress.step, world), run.data.prefetch)
@@ -67,15 +69,17 @@ def train(run: Run) -> int:
             if done or stop:
                 break
             values = learn(run, engine, steps, progress.step, world)
-            log.stepped(progress.step, progress.samples, values)
+            log.stepped(progress.step, progress.samples, values | saves.figures())
             progress.advance(run.batch)
         if stop:
+            saves.finish()
             log.tell(f"interrupted after step {progress.step}; start again to continue")
             return INTERRUPTED
-        export(run, engine, folder / "export", world)
         summary = found.evaluation.summary() | {"name": run.name, "heldout": found.heldout}
         summary |= {"step": progress.step, "samples": progress.samples}
+        export(run, engine, summary, folder, world)
         log.tell(conclude(folder, summary, write=world.main))
+        saves.finish()
         return 0
 
 
@@ -136,10 +140,19 @@ def norms_by_term(run: Run, engine: Sharded, prepared: Prepared, world: World) -
     return norms
 
 
-def export(run: Run, engine: Sharded, folder: Path, world: World) -> None:
+def export(run: Run, engine: Sharded, summary: dict[str, Any], folder: Path, world: World) -> None:
     """Write the weights to use, averaged if there is an average, as a diffusers folder."""
-    weights = engine.whole("average" if "average" in engine.averages else "model")
+    kind = "average" if "average" in engine.averages else "model"
+    weights = engine.whole(kind)
     if world.main:
-        save_folder(folder / "transformer", run.model.config(), weights)
+        save_folder(folder / "export" / "transformer", run.model.config(), weights)
+        card.write(
+            folder / "export",
+            manifest=read_manifest(folder),
+            kind=kind,
+            step=summary["step"],
+            samples=summary["samples"],
+            summary=summary,
+        )
     else:
         deque(weights, maxlen=0)  # gathering takes every rank

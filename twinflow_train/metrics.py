@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from twinflow_train.dist import World
 from twinflow_train.errors import UserError
+from twinflow_train.files import whole_file
 from twinflow_train.scrub import scrub
 
 log = logging.getLogger(__name__)
@@ -187,6 +188,5 @@ def cut(path: Path, step: int) -> None:
             keep = False
         if keep:
             kept.append(line)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text("".join(kept))
-    unfinished.replace(path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text("".join(kept))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from twinflow_train.checkpoint import Checkpoints, Progress, sha256
+from twinflow_train.checkpoint import Checkpoints, Progress, refuse_unusable
 from twinflow_train.data.loader import Shards
 from twinflow_train.deal import Deal
 from twinflow_train.dist import World
@@ -21,8 +21,11 @@ from twinflow_train.engines.average import Averages
 from twinflow_train.engines.base import Engine, Sharded
 from twinflow_train.engines.fsdp2 import FSDP2
 from twinflow_train.engines.optim import AdamW, AdamW8bit, Optim, RAdam
+from twinflow_train.engines.zero3 import ZeRO3
+from twinflow_train.errors import UserError
 from twinflow_train.evals.health import Health
 from twinflow_train.evals.suite import Digits, Evals, NoEvals
+from twinflow_train.files import sha256
 from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
 from twinflow_train.models.base import Model, Weights
 from twinflow_train.models.qwen_image import QwenImage
@@ -55,7 +58,9 @@ class Run:
     forward and backward on one rank. save_every, eval_every, log_every: in steps, 0 is only at
     the end (saving), at the start and the end (evaluating) or never (logging). terms_every: steps
     between measurements of each loss term's own gradient norm, which cost as much as three steps;
-    0 is never. keep_last: newest checkpoints to keep. init_from: a diffusers folder or the export
+    0 is never. checkpoints: where they go, a folder or a URL such as s3://bucket/run, of this run
+    alone; null is FOLDER/checkpoints. keep_last: newest checkpoints to keep; keep_every: those at
+    multiples of so many steps stay for ever, 0 is none. init_from: a diffusers folder or the export
     of a run to start from; null starts from random weights. average: how averaged networks are
     held.
     """
@@ -67,7 +72,9 @@ class Run:
     batch: int = MISSING
     micro_batch: int = MISSING
     save_every: int = 500
+    checkpoints: str | None = None
     keep_last: int = 2
+    keep_every: int = 0
     eval_every: int = 500
     log_every: int = 1
     terms_every: int = 0
@@ -86,11 +93,13 @@ class Run:
         for key in ("steps", "batch", "micro_batch"):
             if self.__dict__[key] < 1:
                 raise ValueError(f"{key} must be at least 1, got {self.__dict__[key]}")
-        for key in ("save_every", "eval_every", "log_every", "terms_every"):
+        for key in ("save_every", "keep_every", "eval_every", "log_every", "terms_every"):
             if self.__dict__[key] < 0:
                 raise ValueError(f"{key} must be 0 or more, got {self.__dict__[key]}")
         if not self.name or not self.folder:
             raise ValueError("name and folder must not be empty")
+        if self.checkpoints is not None and not self.checkpoints.strip():
+            raise ValueError("checkpoints must be a folder, a URL or null (FOLDER/checkpoints)")
         if self.keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {self.keep_last}")
         if self.batch % self.micro_batch:
@@ -109,6 +118,10 @@ class Run:
             return self.model.random_weights(self.seed)
         return self.model.stored_weights(Path(self.init_from))
 
+    def about(self) -> dict[str, Any]:
+        """Say what there is to know about the data."""
+        return asdict(self.data.train().manifest.about)
+
     def deal(self, world: World) -> Deal:
         """Divide the global batch among the ranks; UserError if it does not divide."""
         return Deal(
@@ -121,6 +134,8 @@ class Run:
         self.evals.check(self.data.held_out())
         form = self.data.train().manifest.form
         self.model.check(form.latent_shape, form.text_width)
+        if self.checkpoints is not None:
+            refuse_unusable(self.checkpoints, empty=self.resume is Resume.never, world=world)
 
     def shard(self, world: World) -> Sharded:
         """Build the sharded student and its teacher."""
@@ -143,17 +158,16 @@ class Run:
             dtype=self.engine.precision.dtype,
         )
 
-    def checkpoints(
-        self, folder: Path, engine: Sharded, progress: Progress, world: World
-    ) -> Checkpoints:
+    def saves(self, folder: Path, engine: Sharded, progress: Progress, world: World) -> Checkpoints:
         """Open the run's checkpoints."""
         return Checkpoints(
-            folder=folder / "checkpoints",
+            folder=self.checkpoints or folder / "checkpoints",
             engine=engine,
             progress=progress,
             world=world,
             identity=self.identity(),
             keep=self.keep_last,
+            keep_every=self.keep_every,
         )
 
     def log(self, folder: Path, progress: Progress, world: World) -> AbstractContextManager[Log]:
@@ -213,13 +227,29 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
         "rcgm_pure": presets.rcgm_pure(),
         "flow_matching": presets.flow_matching(),
     },
-    "engine": {"fsdp2": FSDP2()},
+    "engine": {"fsdp2": FSDP2(), "zero3": ZeRO3()},
     "optim": {"adamw": AdamW(), "adamw8bit": AdamW8bit(), "radam": RAdam()},
     "data": {"shards": Shards()},
     "evals": {"digits": Digits(), "none": NoEvals()},
     "tracking": {"wandb": WandB(), "none": NoTracking()},
 }
 """Every option of every group; its defaults are the instance's values."""
+
+
+def model_of(config: Mapping[str, Any]) -> Model:
+    """Make a model again from its part of a run's plain configuration; UserError if unknown.
+
+    A key that the configuration does not have yet keeps its default.
+    """
+    for model in GROUPS["model"].values():
+        if type(model).__name__ == config["_type"]:
+            defaults = vars(model)
+            values = {key: value for key, value in config.items() if key != "_type"}
+            for key in values.keys() & defaults.keys():
+                if isinstance(defaults[key], Enum):
+                    values[key] = type(defaults[key])[values[key]]
+            return replace(model, **values)
+    raise UserError(f"model {config['_type']} is not one that this version knows")
 
 
 def register() -> None:

@@ -17,8 +17,10 @@ from typing import Any
 import twinflow_train
 from twinflow_train.dist import World
 from twinflow_train.errors import UserError
+from twinflow_train.files import whole_file
 from twinflow_train.scrub import scrub
 
+MANIFEST = "manifest.json"
 LIBRARIES = ("torch", "diffusers", "transformers", "deepspeed", "webdataset", "hydra-core", "wandb")
 
 
@@ -67,12 +69,18 @@ def set_aside(folder: Path, world: World) -> None:
 _set_aside = re.compile(r"before-(\d+)$")
 
 
-def write_manifest(folder: Path, config: Mapping[str, Any], yaml: str, world: World) -> None:
-    """Write down what the run is: its configuration, command, code and library versions."""
+def write_manifest(
+    folder: Path, config: Mapping[str, Any], yaml: str, about: Mapping[str, Any], world: World
+) -> None:
+    """Write down what the run is: its configuration, command, code and library versions.
+
+    about: what there is to know about its data.
+    """
     if not world.main:
         return
     manifest = {
         "config": config,
+        "data": about,
         "command": sys.argv,
         "ranks": world.size,
         "device": str(world.device),
@@ -81,8 +89,19 @@ def write_manifest(folder: Path, config: Mapping[str, Any], yaml: str, world: Wo
         "python": platform.python_version(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
-    (folder / "config.yaml").write_text(scrub(yaml))
-    (folder / "manifest.json").write_text(json.dumps(scrub(manifest), indent=2) + "\n")
+    texts = {"config.yaml": scrub(yaml), MANIFEST: json.dumps(scrub(manifest), indent=2)}
+    for name, text in texts.items():
+        with whole_file(folder / name) as unfinished:
+            unfinished.write_text(text.rstrip() + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read what `write_manifest` wrote; UserError if the folder is not a run's."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{path} is missing: give a run's folder")
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    return manifest
 
 
 def _commit() -> str | None:

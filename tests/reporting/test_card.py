@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from twinflow_train.data.manifest import About
 from twinflow_train.flow.sampler import FEW, Style
 from twinflow_train.reporting import card
 
-ABOUT = About(encoder="an encoder", revision="r1", null_prompt="a | null", licence="CC-BY")
 MANIFEST: dict[str, Any] = {
     "twinflow_train": "1.2.3",
     "commit": None,
+    "data": {"encoder": "an encoder", "null_prompt": "a | null", "licence": "CC-BY"},
     "config": {
         "name": "a_run",
         "seed": 3,
@@ -34,9 +33,7 @@ SUMMARY = {
 
 
 def text(folder: Path, kind: str, summary: dict[str, Any]) -> str:
-    card.write(
-        folder, manifest=MANIFEST, about=ABOUT, kind=kind, step=1500, samples=48000, summary=summary
-    )
+    card.write(folder, manifest=MANIFEST, kind=kind, step=1500, samples=48000, summary=summary)
     return (folder / card.CARD).read_text()
 
 
@@ -46,7 +43,8 @@ def test_a_card_names_data_steps_objective_and_a_licence_to_fill_in(tmp_path: Pa
     assert 'license: "FILL IN' in head
     for fact in (
         "# a_run", "averaged weights after 1,500 steps on 48,000 samples", "random weights",
-        "an encoder", "r1", "CC-BY", "'a | null'", "lr 1e-05", "shares (fake 1.0), x true",
+        "encoder of the data: an encoder", "null prompt of the data: a | null", "CC-BY",
+        "lr 1e-05", "shares (fake 1.0), x true",
         "TwinFlow Train 1.2.3", "seed 3",
     ):  # fmt: skip
         assert fact in said, fact

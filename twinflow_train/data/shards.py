@@ -13,11 +13,9 @@ import json
 import mmap
 import os
 import re
-import shutil
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain, islice
@@ -33,6 +31,7 @@ from webdataset import TarWriter
 from twinflow_train.batch import Condition
 from twinflow_train.data.manifest import VERSION, About, Form, Manifest, ShardFile
 from twinflow_train.errors import UserError
+from twinflow_train.files import sha256, whole_folder
 
 KEY = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)
 """Keys become file names: no dot, since WebDataset ends a key there, and no way out of a folder."""
@@ -150,7 +149,7 @@ class ShardSet:
         sums = {shard.file: shard.sha256 for shard in self.manifest.shards}
         for file, expected in (sums | {"null.safetensors": self.manifest.null_sha256}).items():
             path = self.folder / file
-            if (found := _sha256(path)) != expected:
+            if (found := sha256(path)) != expected:
                 raise UserError(
                     f"{path}: SHA-256 is {found}, the manifest says {expected}; {_REPAIR}"
                 )
@@ -205,7 +204,7 @@ def write_shards(
     if first is None:
         raise UserError(f"{folder}: there are no samples to write")
     form, rest = _form(first), chain([first], stream)
-    with _whole(folder) as building:
+    with whole_folder(folder) as building:
         shards: list[ShardFile] = []
         while part := list(islice(rest, samples_per_shard)):
             shards.append(_write_tar(building / f"{len(shards):06d}.tar", part, form))
@@ -221,22 +220,6 @@ def write_shards(
         )
         (building / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1) + "\n")
     return ShardSet(folder)
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder that takes the place of `folder` when all went well."""
-    building = folder.with_name(f".{folder.name}.building.{os.getpid()}")
-    retired = folder.with_name(f".{folder.name}.retired.{os.getpid()}")
-    building.mkdir(parents=True)
-    try:
-        yield building
-        if folder.exists():
-            folder.rename(retired)
-        building.rename(folder)
-        shutil.rmtree(retired, ignore_errors=True)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _write_tar(path: Path, samples: Sequence[Sample], form: Form) -> ShardFile:
@@ -260,7 +243,7 @@ def _write_tar(path: Path, samples: Sequence[Sample], form: Form) -> ShardFile:
                 }
             )
     return ShardFile(
-        file=path.name, samples=len(samples), bytes=path.stat().st_size, sha256=_sha256(path)
+        file=path.name, samples=len(samples), bytes=path.stat().st_size, sha256=sha256(path)
     )
 
 
@@ -319,8 +302,3 @@ def _index(file: BinaryIO, path: Path) -> dict[str, slice]:
 def _unsafe(name: str) -> bool:
     """Tell whether a member's name could leave the folder that a tar is unpacked in."""
     return "\\" in name or any(part in ("", ".", "..") for part in name.split("/"))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -108,6 +108,14 @@ def evaluated(student: Velocity, averages: Mapping[str, Velocity]) -> dict[str, 
     return {"raw": student} | {shown[kind]: network for kind, network in averages.items()}
 
 
+def not_finite(norm: Tensor, updates: int) -> UserError:
+    """Say that a step was refused, and what to do."""
+    return UserError(
+        f"the gradient norm is {float(norm)} after {updates} updates; nothing was updated and the "
+        "newest checkpoint is whole: lower optim.lr, or look at the data"
+    )
+
+
 @dataclass(kw_only=True)
 class Engine(ABC):
     """A way of sharding: the `engine` group of the configuration.

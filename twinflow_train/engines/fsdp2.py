@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from twinflow_train.batch import Velocity
 from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages, decay_at, follow
-from twinflow_train.engines.base import Engine, Span, evaluated, nothing
+from twinflow_train.engines.base import Engine, Span, evaluated, not_finite, nothing
 from twinflow_train.engines.optim import MOMENTS, Optim, set_rate, set_updates
 from twinflow_train.engines.recompute import recompute_every
 from twinflow_train.errors import UserError, check
@@ -170,10 +170,7 @@ class ShardedFSDP2:
         """
         norm = self._norm()
         if not norm.isfinite():
-            raise UserError(
-                f"the gradient norm is {float(norm)} after {self.updates} updates; nothing was "
-                "updated and the newest checkpoint is whole: lower optim.lr, or look at the data"
-            )
+            raise not_finite(norm, self.updates)
         if self._optim.clip:
             nn.utils.clip_grads_with_norm_(self._trained, self._optim.clip, norm, foreach=True)
         set_rate(self._optimizer, rate)

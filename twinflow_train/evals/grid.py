@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ import torch
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from twinflow_train.files import whole_file
 
 PAPER, INK = "white", "black"
 FONT_PIXELS, GAP, CAPTION_PIXELS, LONGEST = 15, 6, 170, 500
@@ -61,10 +62,8 @@ def draw(columns: Sequence[Column], *, prompts: Sequence[str]) -> Image.Image:
 
 def save(picture: Image.Image, path: Path) -> None:
     """Write a picture as PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    picture.save(unfinished, format="PNG", optimize=True)
-    unfinished.replace(path)
+    with whole_file(path) as unfinished:
+        picture.save(unfinished, format="PNG", optimize=True)
 
 
 def _picture(image: Float[Tensor, "channels height width"]) -> Image.Image:

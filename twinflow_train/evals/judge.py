@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from twinflow_train.data.shards import ShardSet
 from twinflow_train.errors import UserError
 from twinflow_train.evals import metrics
-from twinflow_train.files import save_tensors
+from twinflow_train.files import save_tensors, whole_file
 from twinflow_train.rng import generator
 
 BUILD = "python data/digits.py"
@@ -171,12 +170,10 @@ def _bent(images: Float[Tensor, "b 1 28 28"], draws: torch.Generator) -> Float[T
 
 def _write(judge: Judge, path: Path, *, accuracy: float, frechet: float) -> None:
     """Write a judge as safetensors, whole or not at all; the same judge gives the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    # One entry: safetensors writes several in random order.
-    save_tensors(
-        judge.state_dict(),
-        unfinished,
-        metadata={"judge": json.dumps({"accuracy": accuracy, "frechet": frechet})},
-    )
-    unfinished.replace(path)
+    with whole_file(path) as unfinished:
+        # One entry: safetensors writes several in random order.
+        save_tensors(
+            judge.state_dict(),
+            unfinished,
+            metadata={"judge": json.dumps({"accuracy": accuracy, "frechet": frechet})},
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from twinflow_train.errors import UserError
 from twinflow_train.evals.grid import Column
-from twinflow_train.files import save_tensors
+from twinflow_train.files import save_tensors, whole_file
 from twinflow_train.flow.sampler import Sampler, Style
 
 RESULTS, PICTURES = "results.json", "pictures.safetensors"
@@ -153,15 +152,13 @@ class Evaluation:
 
     def save(self, folder: Path) -> None:
         """Write `results.json` and `pictures.safetensors`, each whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {} if self.reals is None else {"real": self.reals}
         tensors |= self.pictures
         said = json.dumps(self.summary() | {"captions": self.captions}, indent=1) + "\n"
-        unfinished = folder / f"{os.getpid()}.tmp"
-        save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
-        unfinished.replace(folder / PICTURES)
-        unfinished.write_text(said)
-        unfinished.replace(folder / RESULTS)
+        with whole_file(folder / PICTURES) as pictures:
+            save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, pictures)
+        with whole_file(folder / RESULTS) as results:
+            results.write_text(said)
 
     @classmethod
     def load(cls, folder: Path) -> Self:

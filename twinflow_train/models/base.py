@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from twinflow_train.batch import Condition
 from twinflow_train.errors import UserError
-from twinflow_train.files import save_tensors
+from twinflow_train.files import save_tensors, whole_folder
 from twinflow_train.rng import generator
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -245,9 +244,13 @@ def save_folder(
     `tensors` yields (stored name, whole tensor); they are written as they come, a file at a time.
     The folder appears, and replaces an older one, when it is whole.
     """
-    final, folder = folder, folder.with_name(folder.name + ".partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with whole_folder(folder) as unfinished:
+        _write_parts(unfinished, tensors)
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_parts(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Write tensors in files of at most 5 GB (or of one tensor), and name them."""
     parts: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total = size = 0
@@ -268,9 +271,6 @@ def save_folder(
         total += bytes_here
     flush()
     _name_parts(folder, parts, total)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
-    folder.rename(final)
 
 
 def _name_parts(folder: Path, parts: list[list[str]], total: int) -> None:

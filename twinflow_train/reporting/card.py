@@ -9,7 +9,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from twinflow_train.data.manifest import About
 from twinflow_train.flow.sampler import FEW, Sampler, Style
 from twinflow_train.reporting.table import markdown
 
@@ -23,7 +22,6 @@ def write(
     folder: Path,
     *,
     manifest: Mapping[str, Any],
-    about: About,
     kind: str,
     step: int,
     samples: int,
@@ -31,13 +29,13 @@ def write(
 ) -> None:
     """Write card and sampler settings into an export's folder.
 
-    manifest: the run's. about: its data. kind: of the weights. summary: results of this step, as in
+    manifest: the run's. kind: of the weights. summary: results of this step, as in
     `summary.json`, or nothing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     samplers = [_plain(sampler) for sampler in FEW.values()]
     (folder / SETTINGS).write_text(json.dumps(samplers, indent=2) + "\n")
-    lines = _card(manifest, about, kind=kind, step=step, samples=samples, summary=summary)
+    lines = _card(manifest, kind=kind, step=step, samples=samples, summary=summary)
     (folder / CARD).write_text("\n".join(lines) + "\n")
 
 
@@ -54,7 +52,6 @@ def _plain(sampler: Sampler) -> dict[str, Any]:
 
 def _card(
     manifest: Mapping[str, Any],
-    about: About,
     *,
     kind: str,
     step: int,
@@ -62,7 +59,7 @@ def _card(
     summary: Mapping[str, Any],
 ) -> Iterator[str]:
     """Yield the card's lines."""
-    config = manifest["config"]
+    config, about = manifest["config"], manifest.get("data", {})
     base = config["init_from"] or "random weights"
     yield from ["---", f'license: "{FILL_IN}"', "library_name: diffusers"]
     yield from ["pipeline_tag: text-to-image", "tags: [twinflow, few-step]", "---", ""]
@@ -75,9 +72,8 @@ def _card(
     )
     yield from ["", "## How it was made", ""]
     yield f"- start: {base}"
-    yield f"- data: {config['data']['path']}; encoder {about.encoder}, revision {about.revision}"
-    yield f"- licence note of the data: {about.licence}"
-    yield f"- null prompt: {about.null_prompt!r}"
+    yield f"- data: {config['data']['path']}"
+    yield from (f"- {name.replace('_', ' ')} of the data: {value}" for name, value in about.items())
     yield f"- batch {config['batch']}, {config['optim']['_type']}, {_settings(config['optim'])}"
     yield f"- objective {config['objective']['_type']}: {_settings(config['objective'])}"
     yield f"- seed {config['seed']}, code {manifest['commit'] or 'not from a checkout'}"

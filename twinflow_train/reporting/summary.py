@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from twinflow_train.errors import UserError
+from twinflow_train.files import whole_file
 from twinflow_train.reporting.table import plain
 
 FILE = "summary.json"
@@ -15,9 +16,8 @@ FILE = "summary.json"
 def conclude(folder: Path, summary: dict[str, Any], *, write: bool) -> str:
     """Write a run's summary, whole or not at all, if this process is to, and return its table."""
     if write:
-        unfinished = folder / f"{FILE}.tmp"
-        unfinished.write_text(json.dumps(summary, indent=2) + "\n")
-        unfinished.replace(folder / FILE)
+        with whole_file(folder / FILE) as unfinished:
+            unfinished.write_text(json.dumps(summary, indent=2) + "\n")
     return table(summary)
 
 

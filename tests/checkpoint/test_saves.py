@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
+from tests.checkpoint.tools import IDENTITY, Part, assembled, state_of
 from tests.engines.tools import BATCH, State, Trial, fingerprint, whole
 from tests.helpers import spawn
 from twinflow_train.checkpoint import Checkpoints, Progress
@@ -22,26 +22,7 @@ from twinflow_train.engines.base import Sharded
 Pair = tuple[float, float]
 SAVED = 2
 END = 4
-IDENTITY: dict[str, Any] = {"seed": 0, "objective": {"guidance": 0.5, "shares": {"fake": 1.0}}}
 TRIAL = Trial.of(2)
-
-
-@dataclass(kw_only=True)
-class Piece:
-    """What one rank holds of a tensor."""
-
-    shape: tuple[int, ...]
-    offset: int
-    values: Tensor
-
-
-@dataclass(kw_only=True)
-class Part:
-    """One rank's part of the whole state, and what is counted beside it."""
-
-    pieces: dict[str, Piece]
-    updates: int
-    progress: tuple[int, int]
 
 
 @dataclass(kw_only=True)
@@ -77,17 +58,6 @@ def checkpoints(
     )
 
 
-def state_of(engine: Sharded, progress: Progress) -> Part:
-    pieces = {
-        f"{span.kind}/{span.name}": Piece(
-            shape=span.shape, offset=span.offset, values=span.local.detach().clone()
-        )
-        for span in engine.spans()
-    }
-    counted = (progress.step, progress.samples)
-    return Part(pieces=pieces, updates=engine.updates, progress=counted)
-
-
 def go_on(engine: Sharded, progress: Progress, world: World, *, until: int) -> list[Pair]:
     went = []
     while progress.step < until:
@@ -103,8 +73,10 @@ def live(world: World, top: Path, *, write: bool, resume: list[int]) -> Told:
         engine, progress = TRIAL.shard(world), Progress()
         go_on(engine, progress, world, until=SAVED)
         there = state_of(engine, progress)
-        checkpoints(top / str(world.size), engine, progress, world).write()
-        told.own = live_on(engine, progress, world, there)
+        saves = checkpoints(top / str(world.size), engine, progress, world)
+        saves.write()
+        told.own = live_on(engine, progress, world, there)  # while it is being written
+        saves.finish()
     for ranks in resume:
         engine, progress = TRIAL.shard(world, seed=99), Progress()
         assert checkpoints(top / str(ranks), engine, progress, world).resume(must=True)
@@ -153,18 +125,6 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Lives:
             told = spawn(only_resume, on, found.top, resume, timeout_seconds=300)
             found.add(on, told)
     return found
-
-
-def assembled(parts: list[Part]) -> State:
-    """Put the ranks' pieces together."""
-    tensors: State = {}
-    for key, first in parts[0].pieces.items():
-        flat = torch.full((torch.Size(first.shape).numel(),), torch.nan)
-        for part in parts:
-            piece = part.pieces[key]
-            flat[piece.offset : piece.offset + len(piece.values)] = piece.values
-        tensors[key] = flat.view(first.shape)
-    return tensors
 
 
 PAIRS = [(ranks, on) for ranks in (1, 2, 4) for on in (1, 2, 4)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import pickle
 import shutil
@@ -21,8 +20,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
+from tests.checkpoint.tools import IDENTITY, RANK_FILE, Listener, index_of
 from tests.engines.tools import SIZE, Trial, objective
 from tests.helpers import spawn
 from twinflow_train.checkpoint import Checkpoints, Progress
@@ -30,13 +29,7 @@ from twinflow_train.dist import World
 from twinflow_train.engines.base import Sharded
 from twinflow_train.errors import UserError
 
-IDENTITY: dict[str, Any] = {
-    "seed": 0,
-    "model": {"layers": 2},
-    "objective": {"guidance": 0.5, "shares": {"fake": 1.0}},
-}
 OWN_TEACHER = objective(teacher_decay=0.0)
-RANK_FILE = "rank-00000.safetensors"
 
 
 @dataclass
@@ -72,7 +65,9 @@ class Bench:
                 span.local.fill_(step if value is None else value)
         self.engine.restored(step)
         self.progress.step, self.progress.samples = step, 8 * step
-        self.saves.write()
+        saves = self.saves
+        saves.write()
+        saves.finish()
 
     def steps(self) -> list[str]:
         return sorted(path.name for path in self.folder.iterdir())
@@ -86,22 +81,11 @@ class Bench:
             for span in self.engine.spans():
                 span.local.fill_(-1.0)
         self.progress = Progress()
-        listener = Listener()
-        log = logging.getLogger("twinflow_train.checkpoint")
-        log.addHandler(listener)
-        try:
-            found, error = self.saves.resume(must=must), ""
-        except (
-            UserError,
-            SafetensorError,
-            OSError,
-            ValueError,
-            AttributeError,
-            KeyError,
-        ) as raised:
-            found, error = False, f"{type(raised).__name__}: {raised}"
-        finally:
-            log.removeHandler(listener)
+        with Listener() as listener:
+            try:
+                found, error = self.saves.resume(must=must), ""
+            except UserError as raised:
+                found, error = False, f"{type(raised).__name__}: {raised}"
         low = min(float(span.local.min()) for span in self.engine.spans() if span.local.numel())
         high = max(float(span.local.max()) for span in self.engine.spans() if span.local.numel())
         return Resumed(
@@ -130,17 +114,6 @@ class Resumed:
         return good and not self.error
 
 
-class Listener(logging.Handler):
-    """Remembers warnings."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.heard: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.heard.append(record.getMessage())
-
-
 def flip(path: Path, position: int, bit: int = 0x01) -> None:
     """Flip one bit of a file; a negative position counts from its end."""
     data = bytearray(path.read_bytes())
@@ -155,7 +128,7 @@ def cut(path: Path) -> None:
 
 def reseal(folder: Path, **changes: Any) -> None:
     """Make the digests fit again, as someone would who means harm."""
-    index = json.loads((folder / "index.json").read_text()) | changes
+    index = index_of(folder) | changes
     index["files"] = {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in index["files"]
     }
@@ -163,6 +136,13 @@ def reseal(folder: Path, **changes: Any) -> None:
     (folder / "index.json").write_text(text)
     seal = {"version": index["version"], "index": hashlib.sha256(text.encode()).hexdigest()}
     (folder / "COMPLETE").write_text(json.dumps(seal))
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change where the index says that a tensor lies, with a seal that fits."""
+    index = index_of(folder)
+    change(next(iter(index["tensors"].values())))
+    reseal(folder, tensors=index["tensors"])
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -180,7 +160,35 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "first byte of COMPLETE": lambda path: flip(path / "COMPLETE", 0),
     "last byte of COMPLETE": lambda path: flip(path / "COMPLETE", -1),
     "byte of the digest": lambda path: flip(path / "COMPLETE", -9),
-    "half a write": lambda path: path.rename(path.with_name(path.name + ".partial")),
+    "empty small files": lambda path: [
+        (path / name).write_text("") for name in ("COMPLETE", "index.json")
+    ],
+    "no range": lambda path: edit(path, lambda entry: entry["pieces"].clear()),
+    "a range twice": lambda path: edit(path, lambda entry: entry["pieces"].extend(entry["pieces"])),
+    "a late range": lambda path: edit(path, lambda e: e.update(pieces=[[RANK_FILE, 1, 5]])),
+    "a range elsewhere": lambda path: edit(
+        path, lambda e: e.update(pieces=[["../other", 0, *e["pieces"][0][2:]]])
+    ),
+    "another type": lambda path: edit(path, lambda entry: entry.update(dtype="torch.int64")),
+    "another form": lambda path: reseal(path, tensors=[1]),
+    "not finished": lambda path: path.rename(path.with_name(path.name + ".partial")),
+}
+
+
+REASONS = {
+    "no COMPLETE": "COMPLETE is missing",
+    "no index": "index.json is missing",
+    "no rank file": f"{RANK_FILE} is missing",
+    "truncated rank file": f"{RANK_FILE}: its SHA-256 is not the one in index.json",
+    "byte of a header": f"{RANK_FILE}: its SHA-256 is not the one in index.json",
+    "byte of a tensor": f"{RANK_FILE}: its SHA-256 is not the one in index.json",
+    "no range": "ends after 0 of its numbers",
+    "a range twice": "is not whole at number",
+    "a late range": f"is not whole at number 0 ({RANK_FILE})",
+    "a range elsewhere": "is not whole at number 0 (../other)",
+    "another type": "is not what index.json says",
+    "another form": "index.json is none",
+    "not finished": "was not written to its end",
 }
 
 
@@ -259,12 +267,15 @@ def keeping(bench: Bench, top: Path) -> dict[str, Any]:
     times = [file.stat().st_mtime_ns]
     for _ in range(2):
         saves.write()
+        saves.finish()
         times.append(file.stat().st_mtime_ns)
     few.progress.step = 25
     saves.write()
+    saves.finish()
     file = few.path(25) / RANK_FILE
     times_new = [file.stat().st_mtime_ns]
     saves.write()
+    saves.finish()
     times_new.append(file.stat().st_mtime_ns)
     found: dict[str, Any] = {
         "listed": listed,
@@ -400,8 +411,9 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
 ) -> None:
     resumed = found["damages"][damage]
     assert resumed.is_whole(1), resumed
-    assert len(resumed.warnings) == 1
-    assert "step-00000002" in resumed.warnings[0]
+    (warning,) = resumed.warnings
+    assert "step-00000002" in warning
+    assert REASONS.get(damage, "index.json is not the one that COMPLETE belongs to") in warning
 
 
 def test_no_flipped_bit_in_a_seal_goes_unseen_or_stops_a_run(found: dict[str, Any]) -> None:
@@ -415,10 +427,12 @@ def test_no_flipped_bit_in_a_seal_goes_unseen_or_stops_a_run(found: dict[str, An
 
 
 def test_damage_that_one_rank_sees_is_seen_by_all(tmp_path: Path) -> None:
-    for rank in spawn(one_file_of_two, 2, tmp_path, timeout_seconds=300):
-        for resumed in rank.values():
-            assert resumed.is_whole(1), resumed
-            assert "step-00000002" in resumed.warnings[0]
+    main, other = spawn(one_file_of_two, 2, tmp_path, timeout_seconds=300)
+    for name in (RANK_FILE, "rank-00001.safetensors"):
+        assert main[name].is_whole(1), main[name]
+        assert other[name].is_whole(1), other[name]
+        assert f"step-00000002/{name}: its SHA-256" in main[name].warnings[0]
+        assert other[name].warnings == []  # one speaks for all
 
 
 def test_without_a_checkpoint_a_run_starts_unless_it_must_not(found: dict[str, Any]) -> None:
@@ -446,12 +460,22 @@ def test_a_run_that_is_defined_otherwise_is_refused_by_its_keys(found: dict[str,
     assert (refused.step, refused.values) == (0, (-1.0, -1.0))
 
 
-@pytest.mark.parametrize("other", ["wider", "deeper", "shallower", "average"])
+OTHERS = {
+    "wider": "of another shape: ",
+    "deeper": "tensors that it lacks: ",
+    "shallower": "tensors too many: ",
+    "average": "81 tensors that it lacks: average/",
+}
+
+
+@pytest.mark.parametrize("other", list(OTHERS))
 def test_a_checkpoint_of_another_model_is_refused(found: dict[str, Any], other: str) -> None:
     refused = found["refusals"][other]
     assert refused.error.startswith("UserError: ")
-    assert "step-00000004" in refused.error
-    assert "another model" in refused.error
+    assert "step-00000004 is a checkpoint of another model" in refused.error
+    assert OTHERS[other] in refused.error
+    assert refused.error.count("/") < 40  # ten names of a kind, and how many more
+    assert (refused.step, refused.values) == (0, (-1.0, -1.0))
 
 
 def test_a_newer_format_is_refused_by_number(found: dict[str, Any]) -> None:
@@ -493,7 +517,11 @@ def test_nothing_that_is_read_is_unpickled(found: dict[str, Any]) -> None:
     assert not found["malice"]["executed"]
     for form in ("pickle", "zip"):
         for name in (RANK_FILE, "index.json", "COMPLETE"):
-            assert not found["malice"][f"{form} as {name}"].found
+            refused = found["malice"][f"{form} as {name}"]
+            assert (refused.found, refused.error) == (False, "")
+            (warning,) = refused.warnings
+            assert "damaged" in warning
+            assert name != RANK_FILE or "is no safetensors file" in warning
         for name in (".metadata", "rank-00000.pt"):
             assert found["malice"][f"{form} as {name}"].is_whole(6)
 
