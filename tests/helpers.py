@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-import tests.typing_hook  # noqa: F401  (a spawned process starts here: before the package)
-from twinflow_train import dist
+from tests import spawned
 
 
 class RankError(Exception):
@@ -46,12 +45,13 @@ def spawn(
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
+    task = pickle.dumps((function, args))
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(ranks):
             env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(
-                context.Process(target=_run, args=(Path(folder), env, function, args), daemon=True)
+                context.Process(target=spawned.rank, args=(Path(folder), env, task), daemon=True)
             )
         try:
             for process in processes:
@@ -63,26 +63,6 @@ def spawn(
                     process.kill()
                     process.join()
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(ranks)]
-
-
-def _run(
-    folder: Path, env: dict[str, str], function: Callable[..., Any], args: tuple[object, ...]
-) -> None:
-    """Be one rank: write the result, or what went wrong, into `folder`."""
-    os.environ.clear()
-    os.environ.update(env)
-    torch.set_num_threads(1)
-    rank = env["RANK"]
-    with dist.start() as world:
-        # Caught before the group is left: once this rank is gone the others fail too, later.
-        try:
-            result = function(world, *args)
-        except BaseException:
-            partial = folder / f"{rank}.partial"
-            partial.write_text(traceback.format_exc())
-            partial.rename(folder / f"{rank}.error")
-            raise
-        torch.save(result, folder / f"{rank}.pt")
 
 
 def _wait(processes: Sequence[BaseProcess], folder: Path, timeout_seconds: float) -> None:

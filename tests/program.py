@@ -71,7 +71,7 @@ class Running:
         if self.alive:
             os.kill(self.pid, number)
 
-    def wait(self, timeout_seconds: float = 60) -> Ended:
+    def wait(self, timeout_seconds: float = 180) -> Ended:
         """Wait for the end; a process that does not come to it is killed, and fails the test."""
         try:
             code = int(_await(self.folder / "code", timeout_seconds))

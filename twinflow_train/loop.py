@@ -47,7 +47,7 @@ def train(run: Run) -> int:
             set_aside(folder, world)
         write_manifest(folder, run.config(), run.yaml(), run.about(), world)
         log = stack.enter_context(run.log(folder, progress, world))
-        log.tell(run.banner(engine, world))
+        log.tell(run.banner(engine, world) + "\n" + saves.banner())
         steps = prefetch(prepare(run, progress.step, world), run.data.prefetch)
         stack.enter_context(closing(steps))
         while True:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from twinflow_train.dist import World
 from twinflow_train.errors import UserError
@@ -169,7 +170,8 @@ def open_log(
     sink = tracking.open(name=name, folder=folder, config=config)
     bar = tqdm(total=steps, initial=step, desc=name, unit="step", dynamic_ncols=True, mininterval=1)
     try:
-        with path.open("a") as file, bar:
+        # Else a warning would be written into the line of the bar.
+        with path.open("a") as file, bar, logging_redirect_tqdm():
             yield Log(sink=sink, file=file, bar=bar, every=every)
     finally:
         sink.close()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinflow_train.checkpoint.index import INDEX, SEAL, Index, damage
-from twinflow_train.checkpoint.place import Place, cause
+from twinflow_train.checkpoint.place import Place, cause, readable
 from twinflow_train.checkpoint.ranges import DamageError
 from twinflow_train.checkpoint.saving import PARTIAL, step_of
 from twinflow_train.errors import UserError
@@ -77,7 +77,7 @@ def _facts(index: Index) -> Iterator[str]:
     yield f"model: {_kind(index.run, 'model')}, {parameters:,} parameters"
     yield f"objective: {_kind(index.run, 'objective')}"
     for kind, sizes in kinds.items():
-        yield f"{kind}: {len(sizes)} tensors, {_bytes(sum(size for _, size in sizes))}"
+        yield f"{kind}: {len(sizes)} tensors, {readable(sum(size for _, size in sizes))}"
     ranks = len(index.files)
     yield f"written by {ranks} rank{'s' if ranks > 1 else ''}"
 
@@ -94,11 +94,3 @@ def _short(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_short(v)}" for k, v in value.items() if k != "_type") + "}"
     return str(value)
-
-
-def _bytes(count: int) -> str:
-    """Write a number of bytes for people."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count} bytes"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,14 @@ def cause(error: BaseException) -> str:
     """Say in a few words what went wrong."""
     told = error.strerror if isinstance(error, OSError) else None
     return " ".join((told or str(error) or type(error).__name__).split())
+
+
+def readable(size: int) -> str:
+    """Write a number of bytes for people."""
+    for unit, one in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= one:
+            return f"{size / one:,.2f} {unit}"
+    return f"{size} bytes"
 
 
 @dataclass(frozen=True)
@@ -142,6 +151,13 @@ class Place:
             self.driver.rm(self.path, recursive=True)
         except FileNotFoundError:
             return
+
+    def room(self) -> int | None:
+        """Return how many bytes are free where this is on a disk, None behind a URL."""
+        if not self.local:
+            return None
+        above = next(path for path in (Path(self.path), *Path(self.path).parents) if path.exists())
+        return shutil.disk_usage(above).free
 
     def rename(self, name: str) -> None:
         """Give a folder on a disk another name beside it, at once."""

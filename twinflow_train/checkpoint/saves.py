@@ -20,7 +20,7 @@ from typing import Any, Protocol, Self
 
 from twinflow_train.checkpoint.copying import HostCopy, key_of
 from twinflow_train.checkpoint.index import Index, damage, refuse_other_model, refuse_other_run
-from twinflow_train.checkpoint.place import Place, cause
+from twinflow_train.checkpoint.place import Place, cause, readable
 from twinflow_train.checkpoint.ranges import DamageError, RangeFile
 from twinflow_train.checkpoint.saving import PARTIAL, Keep, Save, step_of
 from twinflow_train.dist import World
@@ -102,6 +102,17 @@ class Checkpoints:
         # Whatever ends the run, what is under way gets to the disk; a second Ctrl-C means it.
         if kind is not KeyboardInterrupt:
             self._finish()
+
+    def banner(self) -> str:
+        """Say how large a checkpoint is and where it goes. Collective."""
+        mine = sum(span.local.nbytes for span in self.engine.spans() if span.mine)
+        size = sum(map(int, self.world.gather_texts(str(mine))))
+        room = self._top.room()
+        free = "" if room is None else f", {readable(room)} free"
+        return (
+            f"a checkpoint: {readable(size)} to {self._top}{free}, "
+            f"by way of {readable(mine)} of host memory a rank"
+        )
 
     def write(self) -> None:
         """Begin to save the present state, unless it is on the disk or on its way. Collective.
