@@ -220,6 +220,7 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
     "objective": {
         "twinflow": TwinFlow(),
         "twinflow_paper": presets.twinflow_paper(),
+        "twinflow_wide": presets.twinflow_wide(),
         "twinflow_scratch": presets.twinflow_scratch(),
         "twinflow_lora_order1": presets.twinflow_lora_order1(),
         "twinflow_image_free": presets.twinflow_image_free(),

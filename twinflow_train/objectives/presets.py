@@ -38,6 +38,11 @@ def twinflow_paper() -> TwinFlow:
     )
 
 
+def twinflow_wide() -> TwinFlow:
+    """The reference with a delta ten times as wide: quieter targets, a little bias."""
+    return TwinFlow(delta=0.1)
+
+
 def twinflow_scratch() -> TwinFlow:
     """Training from random weights: squared error, a wide delta, more rows near the diagonal."""
     return TwinFlow(shares=Shares(local=2), delta=0.1, distance=l2())
