@@ -87,7 +87,7 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, help="where to save; else a temporary folder")
     words = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, dist.start() as world:
-        (folder,) = set(world.gather_texts(str(words.folder or temporary))[:1])
+        folder = world.gather_texts(str(words.folder or temporary))[0]
         table = measure(round(words.parameters * 1e6), Path(folder), saves=words.saves, world=world)
         if world.main:
             print(table)

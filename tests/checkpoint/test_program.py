@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
@@ -154,3 +155,21 @@ def test_a_rank_that_dies_while_saving_hangs_nobody(
     close(curve(folder), curve(undisturbed), 1e-5)
     assert steps(folder) == list(range(STEPS))
     assert checkpoints(folder) == checkpoints(undisturbed)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_disk_that_hangs(run: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with run.program.group(2, *run.words(folder, "steps=5000", "eval_every=0")) as ranks:
+        wait_for(ranks[0], folder / "metrics.jsonl")
+        partial = folder / "checkpoints" / "step-00000004.partial"
+        partial.mkdir(parents=True)
+        os.mkfifo(partial / "rank-00001.safetensors")  # opening it waits for a reader: none comes
+        wait_for(ranks[0], folder / "metrics.jsonl", '"step": 7')
+        for number in range(2):
+            assert [rank.alive for rank in ranks] == [True, True]
+            for rank in ranks:
+                rank.send(signal.SIGINT)
+            time.sleep(1 - number)
+        ended = [rank.wait(20) for rank in ranks]
+    assert {one.code for one in ended} <= {-signal.SIGINT, 130}
+    assert not [one.err for one in ended if "Traceback" in one.err]

@@ -13,7 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -76,19 +76,16 @@ class Checkpoints:
     identity: Mapping[str, Any]
     keep: int = 2
     keep_every: int = 0
-    _top: Place = field(init=False)
-    _aside: World = field(init=False)
-    _copy: HostCopy = field(init=False)
-    # The step last saved, being saved or resumed. Step 0 is as good without: a start makes it.
-    _last: int | None = 0
-    _save: Save | None = None
-    _problem: str = ""
-    _figures: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._top = Place.of(self.folder)
         self._aside = self.world.aside()
         self._copy = HostCopy(pinned=self.world.device.type == "cuda")
+        # The step last saved, being saved or resumed. Step 0 needs none: a start makes it again.
+        self._last: int | None = 0
+        self._save: Save | None = None
+        self._problem = ""
+        self._figures: dict[str, float] = {}
 
     def __enter__(self) -> Self:
         return self
