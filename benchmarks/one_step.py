@@ -21,8 +21,8 @@ from twinflow_train.errors import UserError
 from twinflow_train.evals.grid import Column, draw, save
 from twinflow_train.flow.sampler import Sampler, Style, sample
 from twinflow_train.models.base import VelocityNet
-from twinflow_train.models.qwen_image import QwenImage
 from twinflow_train.rng import generator
+from twinflow_train.run import model_of
 
 BASE = Sampler(style=Style.multi)
 """A base knows only the velocity where it stands."""
@@ -45,11 +45,11 @@ def blocks(runs: Sequence[dict[str, Any]], folders: Sequence[Path]) -> list[Bloc
     if len(bases) > 1 or None in bases:
         raise UserError(f"the runs start from {sorted(map(str, bases))}: choose runs of one base")
     (base,) = bases
-    model = _model(runs[0])
+    model = model_of(runs[0]["model"])
     found = [Block(name="base", net=exported(model, Path(base)), sampler=BASE)]
     for config, folder in zip(runs, folders, strict=True):
         name = str(config["name"]).rpartition("_")[2]
-        net = exported(_model(config), folder / "export")
+        net = exported(model_of(config["model"]), folder / "export")
         found.append(Block(name=name, net=net, sampler=ONE_STEP))
     return found
 
@@ -61,16 +61,6 @@ def configuration(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing: give folders of runs")
     found: dict[str, Any] = json.loads(path.read_text())["config"]
     return found
-
-
-def _model(config: dict[str, Any]) -> QwenImage:
-    """Make the model of a configuration."""
-    return QwenImage(**_settings(config["model"]))
-
-
-def _settings(described: dict[str, Any]) -> dict[str, Any]:
-    """Leave out the name of the type."""
-    return {key: value for key, value in described.items() if key != "_type"}
 
 
 def prompts(heldout: ShardSet) -> list[Sample]:
@@ -111,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         configs = [configuration(folder) for folder in options.runs]
-        rows = prompts(Shards(**_settings(configs[0]["data"])).held_out())
+        data = {key: value for key, value in configs[0]["data"].items() if key != "_type"}
+        rows = prompts(Shards(**data).held_out())
         shown: list[Column] = []
         for block in blocks(configs, options.runs):
             drawn = columns(block, rows, noises=options.noises, seed=options.seed)

@@ -36,9 +36,9 @@ class Ended:
 
     @property
     def errors(self) -> list[str]:
-        """Return the lines on stderr that are not the progress bar's."""
+        """Return the lines on stderr that are not the progress bar's, fast ("step/s") or slow."""
         lines = self.err.replace("\r", "\n").splitlines()
-        return [line for line in lines if line.strip() and "step/s" not in line]
+        return [x for x in lines if x.strip() and "step/s" not in x and "s/step" not in x]
 
 
 def refused(ended: Ended, *words: str) -> None:
