@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from torch.distributed import TCPStore
 
 MODULE = "twinflow_train.train"
 TOP = Path(__file__).parent.parent
+_RATE = re.compile(r"[\d?](step/s|s/step)\b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class Ended:
     def errors(self) -> list[str]:
         """Return the lines on stderr that are not the progress bar's, fast ("step/s") or slow."""
         lines = self.err.replace("\r", "\n").splitlines()
-        return [x for x in lines if x.strip() and "step/s" not in x and "s/step" not in x]
+        return [line for line in lines if line.strip() and not _RATE.search(line)]
 
 
 def refused(ended: Ended, *words: str) -> None:
