@@ -253,6 +253,7 @@ def a_full_disk(world: World, folder: Path, limited: int) -> dict[str, Any]:
             error = str(raised)
         world.barrier()
         left = sorted(path.name for path in folder.iterdir())
+        world.barrier()  # else another rank may be saving again already
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
         run.go(3)
         run.saves.write()
