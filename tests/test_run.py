@@ -149,6 +149,8 @@ def test_cfg_job_prints_the_configuration_and_makes_nothing(run: Tiny, tmp_path:
         ("optim.betas=[0.9]", ["optim.betas is [0.9]; it must be two numbers in [0, 1)"]),
         ("evals.samplers=[{steps: 0}]", ["sampler", "steps", "at least 1"]),
         ("data.window=0", ["data.window", "1..256"]),
+        ("terms_every=3 log_every=2", ["terms_every = 3", "multiple of log_every = 2"]),
+        ("terms_every=3 log_every=0", ["terms_every = 3", "log_every = 0"]),
         ("batch=10", ["batch = 10", "micro_batch = 4"]),
         ("objective.shares.fake=0.001", ["objective.shares.fake", "batch = 8"]),
         ("model=nope", ["model", "nope", "qwen_image"]),
@@ -163,7 +165,8 @@ def test_cfg_job_prints_the_configuration_and_makes_nothing(run: Tiny, tmp_path:
     ],
 )
 def test_bad_words_are_one_line(run: Tiny, tmp_path: Path, change: str, words: list[str]) -> None:
-    refused(run.program.run(*run.words(tmp_path / "run"), change), *words)
+    changes = change.split() if "log_every" in change else [change]
+    refused(run.program.run(*run.words(tmp_path / "run"), *changes), *words)
     assert not (tmp_path / "run").exists()
     assert not list(run.folder.glob("made*"))
 
@@ -197,11 +200,20 @@ def test_the_configuration_is_plain_json(run: Tiny) -> None:
 @pytest.mark.parametrize(
     "change",
     ["model.layers=2", "objective.delta=0.02", "objective=twinflow_paper", "seed=1", "batch=16",
-     "init_from=null", "data.window=2"],
+     "init_from=null", "data.window=2", "average.slow=0.9"],
 )  # fmt: skip
 def test_the_identity_changes_with_what_defines_the_run(run: Tiny, change: str) -> None:
     ours, theirs = composed(*run.words("out")), composed(*run.words("out"), change)
     assert ours.identity() != theirs.identity()
+
+
+def test_the_identity_s_defaults_are_those_of_its_parts(run: Tiny) -> None:
+    plainest = composed(*run.words("out")).defaults()
+    assert plainest["model"]["target_time"] == "embedder"
+    assert plainest["objective"]["delta"] == 0.01
+    assert plainest["average"]["slow"] == 0.0
+    other = composed(*run.words("out"), "objective.delta=0.1", "average.slow=0.5").defaults()
+    assert other == plainest
 
 
 def test_the_identity_is_of_the_data_and_not_of_their_folder(run: Tiny, tmp_path: Path) -> None:

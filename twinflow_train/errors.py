@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable
 
+LISTED = 10
+"""How many of many names a message gives."""
+
 
 class UserError(ValueError):
     """Input that cannot be used; the message names the key or file and says what to do.
@@ -15,3 +18,10 @@ def check(name: str, settings: object, rules: Iterable[tuple[str, bool, str]]) -
     for key, good, allowed in rules:
         if not good:
             raise UserError(f"{name}.{key} is {vars(settings)[key]}; it must be {allowed}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """List the first names, and say how many more there are."""
+    found = list(names)
+    more = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
+    return ", ".join(found[:LISTED]) + more

@@ -58,6 +58,7 @@ def train(run: Run) -> int:
                 found = evaluate(
                     run.evals,
                     engine.networks(),
+                    base=run.model.pretrained(engine.student),
                     health=run.health(engine),
                     heldout=run.data.held_out(),
                     folder=folder / "samples",
@@ -130,9 +131,9 @@ def learn(
 
 
 def norms_by_term(run: Run, engine: Sharded, prepared: Prepared, world: World) -> dict[str, float]:
-    """Return the gradient norm of each term of the loss alone: the passes of three more steps."""
+    """Return the gradient norm of each term of the loss alone: the passes of one more step each."""
     norms = {}
-    for term in ("base", "fake", "rectify"):
+    for term in run.objective.terms(run.batch):
         for micro, (batch, draws) in enumerate(prepared, start=1):
             loss = run.objective.loss(engine.student, engine.teacher, batch.to(world.device), draws)
             engine.backward(loss.terms[term], last=micro == len(prepared))

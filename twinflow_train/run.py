@@ -57,12 +57,12 @@ class Run:
     steps: optimizer steps; batch: samples of one, over all ranks; micro_batch: samples of one
     forward and backward on one rank. save_every, eval_every, log_every: in steps, 0 is only at
     the end (saving), at the start and the end (evaluating) or never (logging). terms_every: steps
-    between measurements of each loss term's own gradient norm, which cost as much as three steps;
-    0 is never. checkpoints: where they go, a folder or a URL such as s3://bucket/run, of this run
-    alone; null is FOLDER/checkpoints. keep_last: newest checkpoints to keep; keep_every: those at
-    multiples of so many steps stay for ever, 0 is none. init_from: a diffusers folder or the export
-    of a run to start from; null starts from random weights. average: how averaged networks are
-    held.
+    between measurements of each loss term's own gradient norm, which cost as much as three steps,
+    a multiple of log_every; 0 is never. checkpoints: where they go, a folder or a URL such as
+    s3://bucket/run, of this run alone; null is FOLDER/checkpoints. keep_last: newest checkpoints to
+    keep; keep_every: those at multiples of so many steps stay for ever, 0 is none. init_from: a
+    diffusers folder or the export of a run to start from; null starts from random weights.
+    average: how averaged networks are held.
     """
 
     name: str = "run"
@@ -96,6 +96,11 @@ class Run:
         for key in ("save_every", "keep_every", "eval_every", "log_every", "terms_every"):
             if self.__dict__[key] < 0:
                 raise ValueError(f"{key} must be 0 or more, got {self.__dict__[key]}")
+        if self.terms_every and (not self.log_every or self.terms_every % self.log_every):
+            raise ValueError(
+                f"terms_every = {self.terms_every} must be a multiple of log_every = "
+                f"{self.log_every}: what is not logged need not be measured"
+            )
         if not self.name or not self.folder:
             raise ValueError("name and folder must not be empty")
         if self.checkpoints is not None and not self.checkpoints.strip():
@@ -155,6 +160,7 @@ class Run:
             student=engine.student,
             teacher=engine.teacher,
             delta=self.objective.delta,
+            order=self.objective.order,
             dtype=self.engine.precision.dtype,
         )
 
@@ -166,6 +172,7 @@ class Run:
             progress=progress,
             world=world,
             identity=self.identity(),
+            defaults=self.defaults(),
             keep=self.keep_last,
             keep_every=self.keep_every,
         )
@@ -209,10 +216,18 @@ class Run:
         """Return what defines the run: a checkpoint with another identity is not continued."""
         config = self.config()
         keys = ("model", "objective", "seed", "batch", "init_from")
+        slow = {"slow": config["average"]["slow"]}
         contents = sha256(self.data.train().folder / "manifest.json")
         data = {"window": self.data.window, "contents": contents}
-        identity: dict[str, Any] = scrub({key: config[key] for key in keys} | {"data": data})
+        identity: dict[str, Any] = scrub(
+            {key: config[key] for key in keys} | {"data": data, "average": slow}
+        )
         return identity
+
+    def defaults(self) -> dict[str, Any]:
+        """Return the identity's values where nobody chose any, and before they could be chosen."""
+        parts = {"model": self.model, "objective": self.objective, "average": self.average}
+        return {name: _plain(type(part)()) for name, part in parts.items()}
 
 
 GROUPS: Mapping[str, Mapping[str, Any]] = {
@@ -228,7 +243,7 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
         "rcgm_pure": presets.rcgm_pure(),
         "flow_matching": presets.flow_matching(),
     },
-    "engine": {"fsdp2": FSDP2(), "zero3": ZeRO3()},
+    "engine": {"fsdp2": FSDP2(), "fsdp2_gathered": FSDP2(reshard=False), "zero3": ZeRO3()},
     "optim": {"adamw": AdamW(), "adamw8bit": AdamW8bit(), "radam": RAdam()},
     "data": {"shards": Shards()},
     "evals": {"digits": Digits(), "none": NoEvals()},

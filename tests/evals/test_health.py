@@ -20,9 +20,16 @@ ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 def measure(
-    heldout: ShardSet, student: Velocity, teacher: Velocity, *, delta: float = 0.01
+    heldout: ShardSet,
+    student: Velocity,
+    teacher: Velocity,
+    *,
+    delta: float = 0.01,
+    order: int = 2,
 ) -> dict[str, float]:
-    health = Health(student=student, teacher=teacher, delta=delta, dtype=torch.bfloat16)
+    health = Health(
+        student=student, teacher=teacher, delta=delta, order=order, dtype=torch.bfloat16
+    )
     return health.measure(heldout, ALONE)
 
 
@@ -65,24 +72,37 @@ def test_an_average_velocity_has_no_gap(real: Real) -> None:
     assert found["health/teacher_distance"] < 1e-5
 
 
-def test_the_noise_floor_is_roundings_over_delta(real: Real) -> None:
-    half = torch.finfo(torch.bfloat16).eps / 2
-
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_noise_floor_is_what_rounding_adds_to_the_residual(real: Real, order: int) -> None:
     def rounding(x_t: Tensor, t: Tensor, r: Tensor, cond: Condition, /) -> Tensor:
-        return x_t.bfloat16().float()
+        # As noise that a half unit's change of the input does not share: a true rounding is one.
+        return (6400 * x_t).sin() * 2.0**-9
 
-    coarse = measure(real.heldout, rounding, scaled(1.0))["health/noise_floor"]
-    fine = measure(real.heldout, scaled(1.0), scaled(1.0))["health/noise_floor"]
-    # At most half a unit is moved on the way in, and half a unit is rounded off twice.
-    assert 0.1 * half / 0.01 < coarse < 2 * half / 0.01
-    wide = measure(real.heldout, rounding, scaled(1.0), delta=0.1)["health/noise_floor"]
-    assert wide == pytest.approx(coarse / 10, rel=1e-6)
-    assert fine > 0
+    # Each pass rounds on its own: R = (F - mean of the N jumps) / delta.
+    true = 2.0**-9 * 0.5**0.5 * (1 + 1 / order) ** 0.5 / 0.01
+    found = measure(real.heldout, rounding, scaled(1.0), order=order)["health/noise_floor"]
+    assert found == pytest.approx(true, rel=0.35)
+    wide = measure(real.heldout, rounding, scaled(1.0), order=order, delta=0.1)
+    assert wide["health/noise_floor"] == pytest.approx(true / 10, rel=0.35)
+    exact = measure(real.heldout, scaled(0.0), scaled(1.0), order=order)
+    assert exact["health/noise_floor"] == 0
+
+
+def test_without_a_recursion_there_is_no_floor(real: Real) -> None:
+    assert "health/noise_floor" not in measure(real.heldout, scaled(0.5), scaled(0.4), order=0)
+
+
+def test_a_silent_teacher_has_no_distance_to_tell(real: Real) -> None:
+    assert "health/teacher_distance" not in measure(real.heldout, scaled(0.5), scaled(0.0))
 
 
 def on_rank(world: World, folder: Path) -> dict[str, float]:
     health = Health(
-        student=digits.Linear.make(3), teacher=digits.Linear.make(4), delta=0.01, dtype=torch.float
+        student=digits.Linear.make(3),
+        teacher=digits.Linear.make(4),
+        delta=0.01,
+        order=2,
+        dtype=torch.float,
     )
     return health.measure(ShardSet(folder), world)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from twinflow_train.errors import UserError
 from twinflow_train.models import base
 from twinflow_train.models.base import RandomWeights, save_folder
 from twinflow_train.models.qwen_image import QwenImage
+from twinflow_train.models.two_times import TargetTime
 
 NAME = "transformer_blocks.1.attn.to_q.weight"
 PART = "diffusion_pytorch_model.safetensors"
@@ -184,6 +186,30 @@ def test_weights_of_another_model_are_refused_by_key(
     stock_model(**changes).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=key) as refused:
         SMALL.stored_weights(tmp_path)
+    assert str(tmp_path) in str(refused.value)
+
+
+def exported(folder: Path, size: QwenImage) -> None:
+    """Write a network's weights as a run's export does."""
+    net = filled(size.random_weights(0), size)
+    tensors = {net.stored_name(name): p.detach() for name, p in net.named_parameters()}
+    save_folder(folder, size.config(), iter(tensors.items()))
+
+
+def test_an_export_says_how_its_target_time_enters(tmp_path: Path) -> None:
+    shifted = replace(SMALL, target_time=TargetTime.shift)
+    exported(tmp_path, shifted)
+    with pytest.raises(UserError, match="target_time is shift, the configuration's is embedder"):
+        SMALL.stored_weights(tmp_path)
+    for kind in (TargetTime.shift, TargetTime.shift_all):
+        assert replace(SMALL, target_time=kind).stored_weights(tmp_path)
+
+
+def test_tensors_that_the_model_has_no_place_for_are_refused_by_name(tmp_path: Path) -> None:
+    exported(tmp_path, SMALL)
+    said = r"4 tensors that .*: time_text_embed_2\..*model\.target_time"
+    with pytest.raises(UserError, match=said) as refused:
+        replace(SMALL, target_time=TargetTime.shift).stored_weights(tmp_path)
     assert str(tmp_path) in str(refused.value)
 
 

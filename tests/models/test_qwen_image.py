@@ -293,3 +293,14 @@ def test_a_shifted_network_sees_one_time_and_a_frozen_teacher_its_own(
     shifted.keep_own_clock()
     clock = t if kind is TargetTime.shift else t / 2
     assert torch.equal(shifted(x, t, t, cond), ask_stock(stock[0], x, clock, cond))
+
+
+@pytest.mark.parametrize("kind", TargetTime)
+@torch.no_grad()
+def test_before_training_the_base_is_the_stock_network(
+    stock: tuple[QwenImageTransformer2DModel, Path], kind: TargetTime
+) -> None:
+    size = replace(SMALL, target_time=kind)
+    base = size.pretrained(filled(size.stored_weights(stock[1]), size))
+    x, cond, t = latents(3), texts(3, 2, 4), torch.tensor([1.0, 0.6, 0.2])
+    assert torch.equal(base(x, t, t, cond), ask_stock(stock[0], x, t, cond))

@@ -122,6 +122,8 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
 SILENT: list[tuple[str, dict[str, Any]]] = [
     ("guidance", {"guidance": float("inf"), "teacher_decay": 1.0}),
     ("rectify_weight", {"rectify_weight": float("inf")}),
+    ("rectify_weight", {"rectify_weight": 0.0, "separate_means": True}),
+    ("rectify_weight", {"rectify_weight": 0.0, "order": 0, "shares": Shares(jump=0)}),
     ("time_alpha", {"time_alpha": float("inf")}),
     ("null_share", {"null_share": 0.1, "shares": Shares(local=0)}),
     ("guidance", {"image_free": True, "guidance": 0.0, "teacher_decay": 1.0}),

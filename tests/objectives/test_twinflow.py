@@ -144,8 +144,30 @@ def test_the_terms_told_add_up_to_the_total(name: str) -> None:
     fake = counts["fake"]
     means = (1, 1) if objective.separate_means else (real / (real + fake), fake / (real + fake))
     terms = means[0] * told["base"] + means[1] * told.get("fake", 0.0)
-    assert told["total"] == pytest.approx(terms + objective.rectify_weight * told["rectify"])
+    rectify = objective.rectify_weight * told.get("rectify", 0.0)
+    assert told["total"] == pytest.approx(terms + rectify)
     assert told["total"] == pytest.approx(loss.total.item())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_is_told_that_was_not_measured(name: str) -> None:
+    objective = VARIANTS[name]
+    loss = objective.loss(network(0), network(1), toy_batch(12), whole(objective, 12))
+    told = set(loss.metrics)
+    assert objective.terms(12) == [*loss.terms]
+    assert ("loss/fake" in told) == ("fake" in loss.terms) == bool(objective.shares.fake)
+    assert ("residual/clamped" in told) == (objective.order > 0)
+    rectified = {"loss/rectify", "delta_v/before", "delta_v/after", "delta_v/cosine"}
+    assert told & rectified == (rectified if objective.rectify_weight else set())
+
+
+def test_only_rows_that_are_used_are_generated() -> None:
+    usual = replace(presets.twinflow_image_free(), guidance_high=0.9)
+    apart = replace(usual, separate_means=True)  # its generator rows need no data: x_1 is noise
+    counts = usual.shares.counts(12)
+    rows = {o.separate_means: whole(o, 12).generate.tolist() for o in (usual, apart)}
+    assert rows[False] == list(range(12))
+    assert rows[True] == list(range(counts["generator"], 12))
 
 
 @dataclass(kw_only=True)
@@ -432,7 +454,7 @@ def test_fake_rows_never_look_at_the_data() -> None:
 
 
 def test_with_order_0_only_local_and_fake_rows_are_averaged() -> None:
-    objective = TwinFlow(order=0, shares=Shares(jump=0), rectify_weight=0.0, guidance=0.0)
+    objective = TwinFlow(order=0, shares=Shares(jump=0), guidance=0.0)
     batch, draws = toy_batch(9), whole(objective, 9)
     data = batch.data.clone()
     data[:3] = 1e6  # the generator rows
@@ -441,9 +463,9 @@ def test_with_order_0_only_local_and_fake_rows_are_averaged() -> None:
         for b in (batch, replace(batch, data=data))
     )
     assert ours.equal(theirs)
-    found = float(TwinFlow(order=0, shares=Shares(jump=0), rectify_weight=0.0, guidance=0.0,
-                           distance=l2(), time_weight=False)
-                  .loss(nothing, nothing, batch, draws).total)  # fmt: skip
+    plainly = replace(objective, distance=l2(), time_weight=False)
+    terms = plainly.loss(nothing, nothing, batch, draws).terms
+    found = float(terms["base"] + terms["fake"])
     v = draws.noise.double() - batch.data
     v[6:] = draws.noise[6:].double() - draws.noise_fake
     assert found == pytest.approx(float(v[3:].square().mean()))

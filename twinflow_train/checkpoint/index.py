@@ -16,13 +16,11 @@ from typing import Any
 
 from twinflow_train.checkpoint.place import Place
 from twinflow_train.checkpoint.ranges import DamageError, Piece, RangeFile
-from twinflow_train.errors import UserError
+from twinflow_train.errors import UserError, listed
 
 VERSION = 1
 SEAL = "COMPLETE"
 INDEX = "index.json"
-LISTED = 10
-"""How many of many names a message gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,12 +155,22 @@ def reported(pieces: Mapping[str, Piece]) -> dict[str, Any]:
     }
 
 
-def refuse_other_run(folder: Place, stored: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raise UserError, naming what differs, if a checkpoint is of a run defined otherwise."""
-    there, here = dict(_flatten(stored)), dict(_flatten(ours))
+def refuse_other_run(
+    folder: Place,
+    stored: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    *,
+    defaults: Mapping[str, Any],
+) -> None:
+    """Raise UserError, naming what differs, if a checkpoint is of a run defined otherwise.
+
+    defaults: of keys that a checkpoint of an older program may lack.
+    """
+    there = dict(_flatten(defaults)) | dict(_flatten(stored))
+    here = dict(_flatten(defaults)) | dict(_flatten(ours))
     changed = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
     if changed:
-        named = _named(f"{key} ({there.get(key)} -> {here.get(key)})" for key in changed)
+        named = listed(f"{key} ({there.get(key)} -> {here.get(key)})" for key in changed)
         raise UserError(
             f"{folder} belongs to another run; changed: {named}. "
             "Choose another name=, undo the change, or begin anew with resume=never"
@@ -182,18 +190,11 @@ def refuse_other_model(index: Index, shapes: Mapping[str, Sequence[int]]) -> Non
             if there[key] != here[key]
         ],
     }
-    said = [f"{len(keys)} tensors {what}: {_named(keys)}" for what, keys in found.items() if keys]
+    said = [f"{len(keys)} tensors {what}: {listed(keys)}" for what, keys in found.items() if keys]
     if said:
         raise UserError(
             f"{index.folder} is a checkpoint of another model; it has {'; '.join(said)}"
         )
-
-
-def _named(names: Iterable[str]) -> str:
-    """List names, and say how many more there are."""
-    listed = list(names)
-    more = f" and {len(listed) - LISTED} more" if len(listed) > LISTED else ""
-    return ", ".join(listed[:LISTED]) + more
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -66,7 +66,8 @@ class Checkpoints:
     """The checkpoints of one run, each written whole or not at all. Made by all ranks together.
 
     folder: a path or URL. identity: what defines the run, as nested plain values; a checkpoint
-    of another identity is refused. keep, keep_every: see `Keep`.
+    of another identity is refused. defaults: values of the identity's keys where an older program
+    did not write them yet. keep, keep_every: see `Keep`.
     """
 
     folder: Path | str
@@ -74,6 +75,7 @@ class Checkpoints:
     progress: Progress
     world: World
     identity: Mapping[str, Any]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     keep: int = 2
     keep_every: int = 0
 
@@ -213,7 +215,7 @@ class Checkpoints:
             if folder.name.endswith(PARTIAL):
                 raise DamageError(f"{folder} was not written to its end")
             index = Index.read(folder)
-            refuse_other_run(folder, index.run, self.identity)
+            refuse_other_run(folder, index.run, self.identity, defaults=self.defaults)
             refuse_other_model(index, {key_of(s): s.shape for s in self.engine.spans()})
             mine = sorted(index.files)[self.world.rank :: self.world.size]
             fault = damage(index, mine)

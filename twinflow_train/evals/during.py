@@ -41,19 +41,20 @@ def evaluate(
     suite: Evals,
     networks: Mapping[str, Velocity],
     *,
+    base: Velocity,
     health: Health,
     heldout: ShardSet,
     folder: Path,
     step: int,
     world: World,
 ) -> Found:
-    """Evaluate the networks, held-out losses and health; at step 0 also the network as the base.
+    """Evaluate the networks, held-out losses and health; at step 0 also the base that they are.
 
     The base's results and pictures stay in `folder`/base and stand beside every later step's;
     pictures go to `folder`. Collective.
     """
-    base = _base(suite, networks["raw"], heldout=heldout, folder=folder, step=step, world=world)
-    both = base + suite.evaluate(networks, suite.samplers, heldout, world)
+    before = _base(suite, base, heldout=heldout, folder=folder, step=step, world=world)
+    both = before + suite.evaluate(networks, suite.samplers, heldout, world)
     losses: dict[str, float] = {}
     for model, velocity in networks.items():
         found = heldout_loss(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from twinflow_train.batch import Condition
-from twinflow_train.errors import UserError
+from twinflow_train.batch import Condition, Velocity
+from twinflow_train.errors import UserError, listed
 from twinflow_train.files import save_tensors, whole_folder
 from twinflow_train.rng import generator
 
@@ -95,6 +95,10 @@ class Model(ABC):
         """Open a diffusers folder; UserError if it is missing or of another model."""
 
     @abstractmethod
+    def pretrained(self, velocity: Velocity) -> Velocity:
+        """Ask a network as the stock one is asked, at t alone: before training, the base model."""
+
+    @abstractmethod
     def check(self, latent: Sequence[int], text_width: int) -> None:
         """Refuse data that does not fit: ValueError with both numbers."""
 
@@ -147,15 +151,28 @@ class StoredWeights:
     """Safetensors of a diffusers folder (its `transformer/`, or the folder itself), read by slices.
 
     Names missing in the files are looked up under their alias: a pretrained base has no second
-    time embedder and starts with a copy of its first.
+    time embedder and starts with a copy of its first. names: of all the network's parameters;
+    files with others are refused.
     """
 
-    def __init__(self, folder: Path, *, config: dict[str, object], aliases: dict[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        config: dict[str, object],
+        names: Collection[str],
+        aliases: dict[str, str],
+    ) -> None:
         inner = folder / "transformer"
         self.folder = inner if inner.is_dir() else folder
         self.aliases = aliases
         _check_config(self.folder, config)
         self.files = _weight_map(self.folder)
+        if others := sorted(self.files.keys() - set(names)):
+            raise UserError(
+                f"init_from: {self.folder} has {len(others)} tensors that the model has no place "
+                f"for: {listed(others)}; choose the matching model= and model.target_time="
+            )
 
     def read(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
         """Read rows [start, stop) from disk; UserError if missing or of another shape."""

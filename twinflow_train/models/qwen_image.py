@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from twinflow_train.batch import Condition
+from twinflow_train.batch import Condition, Velocity
 from twinflow_train.errors import UserError
 from twinflow_train.models.base import (
     Model,
@@ -58,8 +58,9 @@ class QwenImage(Model):
             )
 
     def config(self) -> dict[str, object]:
-        """Give the stock class's configuration, as in its config.json."""
-        return {
+        """Give the stock class's configuration, as in its config.json, and whether times shift."""
+        shifted = {"target_time": "shift"} if self.target_time.shifts else {}
+        return shifted | {
             "_class_name": "QwenImageTransformer2DModel",
             "patch_size": self.patch,
             "in_channels": self.channels * self.patch**2,
@@ -91,7 +92,22 @@ class QwenImage(Model):
 
     def stored_weights(self, folder: Path) -> StoredWeights:
         """Open a diffusers folder of this size; UserError if it is missing or of another model."""
-        return StoredWeights(folder, config=self.config(), aliases=SECOND_EMBEDDER)
+        return StoredWeights(
+            folder,
+            config={"target_time": "embedder"} | self.config(),
+            names=self.build().stored_names().values(),
+            aliases=SECOND_EMBEDDER,
+        )
+
+    def pretrained(self, velocity: Velocity) -> Velocity:
+        """Ask with r = 0 where times are shifted by r / 2, else as it is."""
+
+        def own_clock(
+            x_t: Tensor, t: Float[Tensor, " b"], r: Float[Tensor, " b"], cond: Condition, /
+        ) -> Tensor:
+            return velocity(x_t, t, 0 * r, cond)
+
+        return own_clock if self.target_time.shifts else velocity
 
     def check(self, latent: Sequence[int], text_width: int) -> None:
         """Refuse latents (C, H, W) or text embeddings that do not fit this network."""
@@ -125,10 +141,11 @@ class QwenImageNet(VelocityNet):
         from diffusers import QwenImageTransformer2DModel
 
         super().__init__()
-        config = {key: value for key, value in size.config().items() if not key.startswith("_")}
+        own = ("_class_name", "target_time")
+        config = {key: value for key, value in size.config().items() if key not in own}
         self.stock = QwenImageTransformer2DModel(**config)
         self.target_time = size.target_time
-        two = TwoTimes if size.target_time is TargetTime.embedder else ShiftedTime
+        two = ShiftedTime if size.target_time.shifts else TwoTimes
         self.stock.time_text_embed = two(self.stock.time_text_embed)
         self.patch = size.patch
 

@@ -21,6 +21,11 @@ class TargetTime(Enum):
     shift = "shift"
     shift_all = "shift_all"
 
+    @property
+    def shifts(self) -> bool:
+        """Whether there is but one embedder."""
+        return self is not TargetTime.embedder
+
 
 PARTS = 3
 """bfloat16 numbers that carry one float32: 3 x 8 significant bits cover its 24."""

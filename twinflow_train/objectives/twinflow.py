@@ -34,7 +34,7 @@ LOCAL_GAP = 0.05  # largest part of t that a local row jumps over
 class Loss:
     """A micro-batch's share of loss and metrics: sums over micro-steps and ranks are means.
 
-    terms: what the loss is the sum of, by name: "base", "fake" and "rectify".
+    terms: what the loss is the sum of, by name: "base", "fake" and "rectify", those that count.
     """
 
     terms: dict[str, Float[Tensor, ""]]
@@ -43,7 +43,7 @@ class Loss:
     @property
     def total(self) -> Float[Tensor, ""]:
         """What to differentiate."""
-        return self.terms["base"] + self.terms["fake"] + self.terms["rectify"]
+        return sum(self.terms.values(), start=torch.zeros(()))
 
 
 @dataclass(kw_only=True)
@@ -99,6 +99,7 @@ class TwinFlow:
         frozen, low, high = self.teacher_decay == 1, self.guidance_low, self.guidance_high
         settles = self.guidance < 1 or frozen
         leaps, idle = self.shares.jump or self.shares.direct, not self.shares.generator
+        unmeant = not idle and (self.separate_means or not self.order) and not self.rectify_weight
         yield "order", self.order >= 0, "0 or more"
         yield "order", self.order > 0 or not leaps, "1 or more where there are jump or direct rows"
         yield "delta", 0 < self.delta <= 0.5, "in (0, 0.5]"
@@ -111,11 +112,18 @@ class TwinFlow:
         yield "image_free", frozen or not self.image_free, "false unless objective.teacher_decay=1"
         yield "rectify_weight", 0 <= self.rectify_weight < math.inf, "0 or more"
         yield "rectify_weight", not (self.rectify_weight and idle), "0 without generator rows"
+        yield "rectify_weight", not unmeant, "positive: else nothing counts the generator rows"
         yield "consistency_ratio", 0 <= self.consistency_ratio <= 1, "in [0, 1]"
         yield "time_alpha", 0 < self.time_alpha < math.inf, "positive"
         yield "time_beta", 0 < self.time_beta < math.inf, "positive"
         yield "null_share", 0 <= self.null_share < 1, "in [0, 1)"
         yield "null_share", not self.null_share or self.shares.local > 0, "0 without local rows"
+
+    def terms(self, batch: int) -> list[str]:
+        """Name the terms that a global batch gives the loss."""
+        roles = self._weights(self.shares.counts(batch)).keys()
+        found = {"base": roles - {"fake"}, "fake": "fake" in roles, "rectify": self.rectify_weight}
+        return [name for name, counts in found.items() if counts]
 
     def table(self, batch: int, *, seed: int, step: int) -> Table:
         """Draw roles and times of a whole global batch and what each needs."""
@@ -137,7 +145,7 @@ class TwinFlow:
         based = ~fake & ~(generators & self.separate_means)
         guided = (t > self.guidance_low) & (t < self.guidance_high) & based
         needs = {
-            "generate": fake | self.image_free,
+            "generate": fake | (based & self.image_free),
             "guide": guided & (self.guidance > 0),
             "recurse": (t - r >= self.delta) & based & (self.order > 0),
             "rectify": generators & (self.rectify_weight > 0),
@@ -196,7 +204,7 @@ class TwinFlow:
         one = torch.ones_like(draws.generate, dtype=dtype)
         z_fake, rows = draws.noise_fake, draws.generate
         generate = Pass("generate", student, z_fake, one, 0 * one, cond[rows])
-        if self.image_free:  # guidance has to wait: the data of all rows are generated
+        if self.image_free:  # guidance has to wait for its data
             (F,) = run(draws.calls, generate, filler=filler)
             data = data.index_copy(0, rows, recover(z_fake, F, one)[0])
         x_t = interpolate(data, z, t)
@@ -235,17 +243,15 @@ class TwinFlow:
             prediction[draws.rectify], F[draws.rectify] - delta_v.clamp(-1, 1)
         )
         weights = self._weights(draws.counts)
-        sums = {role: each * base[draws.roles[role]].sum() for role, each in weights.items()}
-        loss = Loss(
-            terms={
-                "fake": sums.pop("fake"),
-                "base": sum(sums.values(), start=base.new_zeros(())),
-                "rectify": self.rectify_weight
-                * rectified.sum()
-                / max(1, draws.counts["generator"]),
-            },
-            metrics=_metrics(draws, [*weights], base, rectified, residual, F_real, F_fake),
-        )
+        terms: dict[str, Tensor] = {}
+        for role, each in weights.items():
+            term = "fake" if role == "fake" else "base"
+            terms[term] = terms.get(term, 0) + each * base[draws.roles[role]].sum()
+        metrics = _base_metrics(draws, [*weights], base, residual if self.order else None)
+        if self.rectify_weight:
+            terms["rectify"] = self.rectify_weight * rectified.sum() / draws.counts["generator"]
+            metrics |= _rectification_metrics(draws, rectified, F_real, F_fake)
+        loss = Loss(terms=terms, metrics=metrics)
         loss.metrics["loss/total"] = loss.total.detach()
         return loss
 
@@ -298,7 +304,8 @@ class TwinFlow:
         real, fake = sum(counts[role] for role in base), counts["fake"]
         if not self.separate_means:
             real = fake = real + fake
-        return dict.fromkeys(base, 1 / max(1, real)) | {"fake": 1 / max(1, fake)}
+        weights = dict.fromkeys(base, 1 / max(1, real)) | {"fake": 1 / max(1, fake)}
+        return {role: each for role, each in weights.items() if counts[role]}
 
 
 def _conditions(batch: Batch, draws: Draws) -> Condition:
@@ -326,34 +333,36 @@ def _rectification_pass(student: Velocity, x_hat: Tensor, cond: Condition, draws
     return Pass("rectify", student, x_tau, times, times, Condition.cat([cond[rows], cond[rows]]))
 
 
-def _metrics(
-    draws: Draws,
-    roles: list[str],
-    base: Tensor,
-    rectified: Tensor,
-    residual: Tensor,
-    F_real: Tensor,
-    F_fake: Tensor,
+def _base_metrics(
+    draws: Draws, roles: list[str], base: Tensor, residual: Tensor | None
 ) -> dict[str, Tensor]:
     """Return this micro-batch's share of each metric; `roles` are those whose distances count."""
-    counts, generators = draws.counts, max(1, draws.counts["generator"])
-    delta_v, pair = F_fake - F_real, (F_real.flatten(1), F_fake.flatten(1))
-    real = [role for role in roles if role != "fake"]
-    clamped = _means(residual.abs() > 1)
+    counts, real = draws.counts, [role for role in roles if role != "fake"]
 
     def mean(values: Tensor, *over: str) -> Tensor:
         rows = [values[draws.roles[role]].sum() for role in over]
-        return torch.stack(rows).sum() / max(1, sum(counts[role] for role in over))
+        return torch.stack(rows).sum() / sum(counts[role] for role in over)
 
-    found = {f"loss/{role}": mean(base, role) for role in roles if counts[role]} | {
-        "loss/base": mean(base, *real),
-        "loss/rectify": rectified.sum() / generators,
-        "residual/clamped": mean(clamped, *real),
-        "delta_v/before": _means(delta_v.abs()).sum() / generators,
-        "delta_v/after": _means(delta_v.clamp(-1, 1).abs()).sum() / generators,
-        "delta_v/cosine": torch.cosine_similarity(*pair).float().sum() / generators,
-    }
+    found = {f"loss/{role}": mean(base, role) for role in roles}
+    if real:
+        found["loss/base"] = mean(base, *real)
+    if real and residual is not None:
+        found["residual/clamped"] = mean(_means(residual.abs() > 1), *real)
     return {name: value.detach() for name, value in found.items()}
+
+
+def _rectification_metrics(
+    draws: Draws, rectified: Tensor, F_real: Tensor, F_fake: Tensor
+) -> dict[str, Tensor]:
+    """Return this micro-batch's share of what there is to say of the generator rows' delta_v."""
+    delta_v, pair = F_fake - F_real, (F_real.flatten(1), F_fake.flatten(1))
+    found = {
+        "loss/rectify": rectified,
+        "delta_v/before": _means(delta_v.abs()),
+        "delta_v/after": _means(delta_v.clamp(-1, 1).abs()),
+        "delta_v/cosine": torch.cosine_similarity(*pair).float(),
+    }
+    return {name: v.detach().sum() / draws.counts["generator"] for name, v in found.items()}
 
 
 def _means(values: Tensor) -> Tensor:
