@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from twinflow_train.flow.sampler import FEW, Style
+import pytest
+
+from twinflow_train.flow.sampler import FEW, MANY, Style
 from twinflow_train.reporting import card
 
 MANIFEST: dict[str, Any] = {
@@ -20,7 +22,13 @@ MANIFEST: dict[str, Any] = {
         "model": {"_type": "QwenImage", "layers": 60},
         "data": {"path": "shards"},
         "optim": {"_type": "AdamW", "lr": 1e-5},
-        "objective": {"_type": "TwinFlow", "shares": {"_type": "Shares", "fake": 1.0}, "x": True},
+        "objective": {
+            "_type": "TwinFlow",
+            "shares": {"_type": "Shares", "fake": 1.0},
+            "order": 2,
+            "rectify_weight": 0.5,
+            "x": True,
+        },
     },
 }
 SUMMARY = {
@@ -44,7 +52,7 @@ def test_a_card_names_data_steps_objective_and_a_licence_to_fill_in(tmp_path: Pa
     for fact in (
         "# a_run", "averaged weights after 1,500 steps on 48,000 samples", "random weights",
         "encoder of the data: an encoder", "null prompt of the data: a | null", "CC-BY",
-        "lr 1e-05", "shares (fake 1.0), x true",
+        "lr 1e-05", "shares (fake 1.0), order 2, rectify_weight 0.5, x true", "one, two or four",
         "TwinFlow Train 1.2.3", "seed 3",
     ):  # fmt: skip
         assert fact in said, fact
@@ -66,3 +74,31 @@ def test_sampler_settings_travel_with_the_weights(tmp_path: Path) -> None:
     assert [(s.steps, s.style, s.nfe) for s in found] == [
         (1, Style.few, 1), (2, Style.few, 2), (4, Style.few, 4),
     ]  # fmt: skip
+
+
+def test_a_flow_matching_base_is_not_called_a_few_step_model(tmp_path: Path) -> None:
+    objective = {"_type": "TwinFlow", "order": 0, "rectify_weight": 0.0}
+    manifest = MANIFEST | {"config": MANIFEST["config"] | {"objective": objective}}
+    card.write(tmp_path, manifest=manifest, kind="model", step=1, samples=2, summary={})
+    said = (tmp_path / card.CARD).read_text()
+    assert "many steps" in said
+    assert "few-step" not in said
+    assert card.read_samplers(tmp_path) == list(MANY.values())
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("outputs/digits_flow/export", "outputs/digits_flow/export"),
+        ("/of/one/machine/base", "base"),
+        ("s3://my-bucket/shards", "shards"),
+        ("../elsewhere/shards", "shards"),
+    ],
+)
+def test_a_card_does_not_say_where_things_lie(tmp_path: Path, place: str, said: str) -> None:
+    config = MANIFEST["config"] | {"init_from": place, "data": {"path": place}}
+    manifest = MANIFEST | {"config": config}
+    card.write(tmp_path, manifest=manifest, kind="model", step=1, samples=2, summary={})
+    lines = (tmp_path / card.CARD).read_text().splitlines()
+    assert f"- start: {said}" in lines
+    assert f"- data: {said}" in lines

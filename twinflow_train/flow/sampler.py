@@ -211,3 +211,6 @@ FEW = {
     4: Sampler(steps=4, stochasticity=1.0, end_gap=0.5),
 }
 """The published settings for few steps, by their number."""
+
+MANY = {30: Sampler(style=Style.multi, steps=30, kumaraswamy=[1.17, 0.8, 1.1])}
+"""The same for a multi-step base, unguided."""

@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from enum import Enum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from twinflow_train.flow.sampler import FEW, Sampler, Style
+from twinflow_train.flow.sampler import FEW, MANY, Sampler, Style
 from twinflow_train.reporting.table import markdown
 
 SETTINGS = "sampler.json"
@@ -33,8 +33,9 @@ def write(
     `summary.json`, or nothing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    samplers = [_plain(sampler) for sampler in FEW.values()]
-    (folder / SETTINGS).write_text(json.dumps(samplers, indent=2) + "\n")
+    samplers = MANY if _many(manifest) else FEW
+    settings = [_plain(sampler) for sampler in samplers.values()]
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
     lines = _card(manifest, kind=kind, step=step, samples=samples, summary=summary)
     (folder / CARD).write_text("\n".join(lines) + "\n")
 
@@ -43,6 +44,12 @@ def read_samplers(folder: Path) -> list[Sampler]:
     """Read the settings that travel with weights."""
     said: list[dict[str, Any]] = json.loads((folder / SETTINGS).read_text())
     return [Sampler(**(each | {"style": Style[each["style"]]})) for each in said]
+
+
+def _many(manifest: Mapping[str, Any]) -> bool:
+    """Tell whether the objective was plain flow matching, which makes a multi-step base."""
+    objective = manifest["config"]["objective"]
+    return not objective["order"] and not objective["rectify_weight"]
 
 
 def _plain(sampler: Sampler) -> dict[str, Any]:
@@ -60,19 +67,19 @@ def _card(
 ) -> Iterator[str]:
     """Yield the card's lines."""
     config, about = manifest["config"], manifest.get("data", {})
-    base = config["init_from"] or "random weights"
+    tags = "flow-matching" if _many(manifest) else "twinflow, few-step"
     yield from ["---", f'license: "{FILL_IN}"', "library_name: diffusers"]
-    yield from ["pipeline_tag: text-to-image", "tags: [twinflow, few-step]", "---", ""]
+    yield from ["pipeline_tag: text-to-image", f"tags: [{tags}]", "---", ""]
     yield from [f"# {config['name']}", ""]
     yield (
-        f"A {config['model']['_type']} transformer that draws in one, two or four steps, trained "
-        f"with TwinFlow (arXiv 2512.05150) by TwinFlow Train {manifest['twinflow_train']}. "
+        f"A {config['model']['_type']} transformer that {_does(manifest)}, by TwinFlow Train "
+        f"{manifest['twinflow_train']}. "
         f"`transformer/` holds the {WEIGHTS[kind]} after {step:,} steps on {samples:,} samples; "
         f"`{SETTINGS}` says how to sample."
     )
     yield from ["", "## How it was made", ""]
-    yield f"- start: {base}"
-    yield f"- data: {config['data']['path']}"
+    yield f"- start: {_public(config['init_from']) if config['init_from'] else 'random weights'}"
+    yield f"- data: {_public(config['data']['path'])}"
     yield from (f"- {name.replace('_', ' ')} of the data: {value}" for name, value in about.items())
     yield f"- batch {config['batch']}, {config['optim']['_type']}, {_settings(config['optim'])}"
     yield f"- objective {config['objective']['_type']}: {_settings(config['objective'])}"
@@ -80,6 +87,18 @@ def _card(
     rows = _of(summary.get("results", []), kind)
     if rows:
         yield from ["", "## Results", "", markdown(rows, real=summary.get("real"))]
+
+
+def _does(manifest: Mapping[str, Any]) -> str:
+    if _many(manifest):
+        return "draws in many steps, trained by flow matching"
+    return "draws in one, two or four steps, trained with TwinFlow (arXiv 2512.05150)"
+
+
+def _public(place: str) -> str:
+    """Name a place without saying where on a machine, or behind which URL, it lies."""
+    path = PurePosixPath(place)
+    return path.name if path.is_absolute() or "://" in place or ".." in path.parts else place
 
 
 def _of(rows: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
