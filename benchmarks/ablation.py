@@ -28,10 +28,12 @@ import torch
 from twinflow_train.dist import World
 from twinflow_train.errors import UserError
 from twinflow_train.launch import compose
+from twinflow_train.metrics import FILE
 from twinflow_train.models.base import Model, VelocityNet
 from twinflow_train.planner import cost
 from twinflow_train.reporting.summary import read
 from twinflow_train.run import Run, register
+from twinflow_train.runfolder import read_manifest
 
 TOP = Path(__file__).parent.parent
 EXPERIMENT = "experiment=digits_twinflow"
@@ -111,15 +113,20 @@ def exported(model: Model, folder: Path) -> VelocityNet:
     return net.requires_grad_(False)
 
 
-def train(words: Sequence[str], folder: Path) -> float:
-    """Train one run with the real program and return its CPU-seconds; UserError if it fails."""
+def train(words: Sequence[str], folder: Path) -> float | None:
+    """Train one run with the real program and return its CPU-seconds; UserError if it fails.
+
+    None where the run was begun before: what that cost is not known.
+    """
+    begun = (folder / FILE).is_file()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "twinflow_train.train", *words, f"folder={folder}"]
     ended = subprocess.run(command, env=ENVIRONMENT | os.environ, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if ended.returncode:
         raise UserError(f"{folder}: the run ended with exit code {ended.returncode}; see above")
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return None if begun else round(seconds, 1)
 
 
 def scored(name: str, *, seed: int, steps: int, words: Sequence[str], folder: Path) -> Any:
@@ -139,7 +146,8 @@ def scored(name: str, *, seed: int, steps: int, words: Sequence[str], folder: Pa
         raise UserError(f"{folder} has {done} steps, not {steps}: choose another --folder")
     networks = {"ema": exported(run.model, folder / "export")}
     found = run.evals.evaluate(networks, run.evals.samplers, run.data.held_out(), ALONE)
-    row = asked | {"cpu_seconds": round(seconds, 1)} | found.summary()
+    row = asked | {"cpu_seconds": seconds, "commit": read_manifest(folder)["commit"]}
+    row |= found.summary()
     write(folder / KEPT, row)
     return row
 
@@ -175,10 +183,11 @@ def tables(results: dict[str, Any]) -> str:
              "|---|---|---:|---:|---:|---:|"]  # fmt: skip
     for name, rows in by_name.items():
         words = " ".join(f"`{word}`" for word in VARIANTS[name])
-        seconds = statistics.mean(row["cpu_seconds"] for row in rows)
+        known = [row["cpu_seconds"] for row in rows if row["cpu_seconds"] is not None]
+        seconds = f"{statistics.mean(known):.0f}" if known else ""
         lines.append(
             f"| {name} | {words} | {rows[0]['steps']} | {results['passes'][name]:,} | "
-            f"{seconds:.0f} | {len(rows)} |"
+            f"{seconds} | {len(rows)} |"
         )
     for score, (title, digits) in SCORES.items():
         lines += ["", f"| {title} | {' | '.join(samplers)} |", "|---|" + "---:|" * len(samplers)]

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation import EXPERIMENT, machine, train, write
+from benchmarks.ablation import EXPERIMENT, KEPT, machine, train, write
 from twinflow_train.errors import UserError
 from twinflow_train.metrics import FILE
 from twinflow_train.reporting.summary import read
+from twinflow_train.runfolder import read_manifest
 
 DELTAS = ("0.01", "0.03", "0.1")
 PRECISIONS = ("fp32", "bf16")
@@ -37,6 +38,21 @@ def settings(delta: str, precision: str, steps: int, images: int) -> list[str]:
         *("evals.base=[]", "eval_every=50", "terms_every=25", "save_every=0", "tracking=none"),
         f"name={precision}-{delta}",
     ]
+
+
+def measured(words: list[str], folder: Path, delta: str, precision: str) -> dict[str, Any]:
+    """Return the row of one run: kept from before, or trained now."""
+    if (folder / KEPT).is_file():
+        kept: dict[str, Any] = json.loads((folder / KEPT).read_text())
+        if kept["words"] != words:
+            raise UserError(f"{folder} was made with other settings: choose another --folder")
+        return kept
+    seconds = train(words, folder)
+    commit = read_manifest(folder)["commit"]
+    found = {"words": words, "cpu_seconds": seconds, "commit": commit}
+    found |= row(folder, delta, precision)
+    write(folder / KEPT, found)
+    return found
 
 
 def row(folder: Path, delta: str, precision: str) -> dict[str, Any]:
@@ -86,9 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for delta in options.delta or DELTAS:
                 folder = options.folder / f"{precision}-{delta}"
                 words = settings(delta, precision, options.steps, options.images)
-                if not (folder / "summary.json").is_file():
-                    train([*words, *options.words], folder)
-                rows.append(row(folder, delta, precision))
+                rows.append(measured([*words, *options.words], folder, delta, precision))
                 write(options.out, {**machine(), "steps": options.steps, "runs": rows})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -110,6 +111,7 @@ def test_a_variant_is_trained_and_scored_by_its_averaged_weights(trained: Traine
     (row,) = json.loads(trained.out.read_text())["runs"]
     assert (row["variant"], row["seed"]) == ("rcgm", 0)
     assert row["cpu_seconds"] > 0
+    assert row["commit"] == json.loads((trained.run / "manifest.json").read_text())["commit"]
     assert [(result["model"], result["nfe"]) for result in row["results"]] == [
         ("ema", 1), ("ema", 2),
     ]  # fmt: skip
@@ -167,7 +169,7 @@ def test_a_folder_without_a_run_has_no_picture(
 
 
 def test_tables_show_the_mean_and_the_ends() -> None:
-    def row(variant: str, seed: int, accuracy: float | None) -> dict[str, object]:
+    def row(variant: str, seed: int, accuracy: float | None) -> dict[str, Any]:
         result = {"nfe": 2, "stochasticity": 1.0, "accuracy": accuracy, "frechet": 12.25,
                   "diversity": 1.0}  # fmt: skip
         return {"variant": variant, "seed": seed, "steps": 5, "cpu_seconds": 10.0,
@@ -180,6 +182,10 @@ def test_tables_show_the_mean_and_the_ends() -> None:
     assert "| full | .850 (.800 to .900) |" in lines
     assert "| full | 12.25 (12.25 to 12.25) |" in lines
     assert any(line.startswith("| rcgm | nan") for line in lines)
+    rows[0]["cpu_seconds"] = rows[1]["cpu_seconds"] = rows[3]["cpu_seconds"] = None  # begun before
+    lines = ablation.tables({"runs": rows, "passes": {"full": 1234, "rcgm": 1230}}).splitlines()
+    assert "| full |  | 5 | 1,234 | 10 | 2 |" in lines
+    assert "| rcgm | `objective=rcgm` | 5 | 1,230 |  | 2 |" in lines
 
 
 def test_a_document_without_marks_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.delta import DELTAS, LAST, PRECISIONS, row, settings, table
+from benchmarks.delta import DELTAS, LAST, PRECISIONS, main, row, settings, table
 from twinflow_train.metrics import FILE
 
 
@@ -40,3 +40,20 @@ def test_runs_differ_only_in_delta_and_precision(precision: str) -> None:
     for delta, other in zip(DELTAS[1:], others, strict=True):
         changed = {word for word in other if word not in first}
         assert changed == {f"objective.delta={delta}", f"name={precision}-{delta}"}
+
+
+def test_a_run_of_other_settings_is_not_taken_for_this_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "fp32-0.1", tmp_path / "out.json"
+    folder.mkdir()
+    kept = {"words": settings("0.1", "fp32", 7, 20), "cpu_seconds": 1.0, "commit": None}
+    scores = {"noise_floor": 1.0, "clamped": 0.5, "accuracy": 1.0, "frechet": 2.0, "diversity": 1.0}
+    (folder / "scores.json").write_text(
+        json.dumps(kept | {"delta": "0.1", "precision": "fp32"} | scores)
+    )
+    only = ["--delta=0.1", "--precision=fp32", "--images=20", f"--folder={tmp_path}"]
+    assert main([*only, "--steps=7", f"--out={out}"]) == 0
+    assert "| fp32 | 0.1 | 1 | 0.500 |" in capsys.readouterr().out
+    assert main([*only, "--steps=8", f"--out={out}"]) == 2
+    assert "made with other settings" in capsys.readouterr().err

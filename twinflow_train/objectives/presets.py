@@ -44,8 +44,8 @@ def twinflow_wide() -> TwinFlow:
 
 
 def twinflow_scratch() -> TwinFlow:
-    """Training from random weights: squared error, a wide delta, more rows near the diagonal."""
-    return TwinFlow(shares=Shares(local=2), delta=0.1, distance=l2())
+    """Training from random weights: squared error, wide delta, less guidance, more local rows."""
+    return TwinFlow(shares=Shares(local=2), delta=0.1, guidance=0.5, distance=l2())
 
 
 def twinflow_lora_order1() -> TwinFlow:
