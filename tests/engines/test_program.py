@@ -1,0 +1,101 @@
+"""The real program takes either engine, and goes from one to the other, with the same losses."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.program import refused
+from tests.test_loop import INTERRUPTED, close, wait_for
+from tests.test_run import EXPERIMENTS, composed
+from tests.tiny import Tiny, curve, steps, tiny
+from twinflow_train.engines.fsdp2 import FSDP2
+from twinflow_train.engines.zero3 import ZeRO3
+from twinflow_train.run import GROUPS
+
+STEPS = 8
+KINDS = {"fsdp2": FSDP2, "zero3": ZeRO3}
+
+Leg = tuple[int, str]
+LIVES: dict[str, list[Leg]] = {
+    "there and back": [(2, "fsdp2"), (2, "zero3"), (2, "fsdp2")],
+    "fsdp2 grows": [(1, "fsdp2"), (2, "fsdp2"), (4, "fsdp2")],
+    "zero3 grows": [(1, "zero3"), (2, "zero3"), (4, "zero3")],
+}
+"""Ranks and engine, from one stop to the next."""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run on one rank and FSDP2 that nobody stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    go_on(run, folder, (1, "fsdp2"), stop=False)
+    return folder
+
+
+def go_on(run: Tiny, folder: Path, leg: Leg, *, stop: bool) -> None:
+    """Begin a run or continue it, to its end, or until it is asked to stop after some steps."""
+    ranks, engine = leg
+    begun = len(steps(folder)) if folder.exists() else 0
+    words = run.words(
+        folder,
+        *(f"engine={engine}", f"steps={STEPS}", "micro_batch=2", "save_every=0", "eval_every=0"),
+        *("evals.samplers=[{steps: 1}]", "evals.base=[{steps: 1, style: multi}]"),
+        f"resume={'must' if begun else 'never'}",
+    )
+    with run.program.group(ranks, *words) as processes:
+        if stop:
+            wait_for(processes[0], folder / "metrics.jsonl", f'"step": {begun + 1}')
+            processes[-1].send(signal.SIGTERM)
+        ended = [process.wait() for process in processes]
+    assert [one.code for one in ended] == [INTERRUPTED if stop else 0] * ranks, ended[0].err
+    assert [one.errors for one in ended] == [[]] * ranks
+    config = json.loads((folder / "manifest.json").read_text())["config"]
+    assert config["engine"]["_type"] == KINDS[engine].__name__
+    assert begun < len(steps(folder)) <= STEPS - stop
+
+
+@pytest.mark.parametrize("life", list(LIVES))
+def test_engines_and_ranks_may_change_at_every_stop(
+    run: Tiny, undisturbed: Path, tmp_path: Path, life: str
+) -> None:
+    folder = tmp_path / "run"
+    *stopped, last = LIVES[life]
+    for leg in stopped:
+        go_on(run, folder, leg, stop=True)
+    go_on(run, folder, last, stop=False)
+    assert steps(folder) == list(range(STEPS))
+    close(curve(folder), curve(undisturbed), 1e-5)
+
+
+@pytest.mark.parametrize("engine", list(GROUPS["engine"]))
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_takes_every_engine(name: str, engine: str) -> None:
+    """What an experiment says of its engine has to be understood by all of them."""
+    own = composed(f"experiment={name}", "steps=2")
+    ours = composed(f"experiment={name}", f"engine={engine}", "steps=2")
+    assert isinstance(ours.engine, type(GROUPS["engine"][engine]))
+    shared = ("precision", "recompute", "keep_products")
+    assert [vars(ours.engine)[key] for key in shared] == [vars(own.engine)[key] for key in shared]
+
+
+@pytest.mark.parametrize(
+    ("engine", "key", "near"),
+    [
+        ("zero3", "reshard", "Allowed here: precision, recompute, "),
+        ("fsdp2", "offload_weights", "did you mean 'offload'"),
+    ],
+)
+def test_what_only_another_engine_has_is_refused_by_key(
+    run: Tiny, tmp_path: Path, engine: str, key: str, near: str
+) -> None:
+    words = run.words(tmp_path / "run", f"engine={engine}", f"engine.{key}=true")
+    refused(run.program.run(*words), f"unknown key 'engine.{key}'", near)
