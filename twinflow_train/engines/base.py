@@ -39,8 +39,8 @@ def nothing() -> None:
 class Span:
     """A contiguous part of one named state tensor that this rank holds, as a live flat view.
 
-    kind: "model", "average", "slow" or a moment's name. name: the parameter's name in weight files.
-    shape: of the whole tensor. offset: where the part begins in the whole, flattened.
+    kind: "model", "average", "slow" or a moment's (see `Saved`). name: the parameter's name in
+    weight files. shape: of the whole tensor. offset: where the part begins in it, flattened.
     mine: whether this rank is the one, among those that hold the same part, that saves it.
     commit: to be called after `local` was filled, where it is a copy and not the state itself.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,8 @@ from torch.distributed.tensor import DTensor
 from twinflow_train.batch import Velocity
 from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages, decay_at, follow
-from twinflow_train.engines.base import Engine, Span, evaluated, not_finite, nothing
-from twinflow_train.engines.optim import MOMENTS, Optim, set_rate, set_updates
+from twinflow_train.engines.base import Engine, Span, evaluated, not_finite
+from twinflow_train.engines.optim import MOMENTS, Optim, Saved, set_rate, set_updates
 from twinflow_train.engines.recompute import recompute_every
 from twinflow_train.errors import UserError, check
 from twinflow_train.models.base import Model, VelocityNet, Weights
@@ -200,11 +199,13 @@ class ShardedFSDP2:
         """Yield this rank's part of every parameter, average and moment as flat views."""
         for kind, shards in self._shards.items():
             for i, (name, shard) in enumerate(shards.items()):
-                yield _span(kind, name, shard.detach(), turn=i)
+                saved = Saved(kind=kind, local=_dtensor(shard.detach()).to_local().view(-1))
+                yield _span(shard, saved, name, turn=i)
         names = {id(p): name for name, p in self._shards["model"].items()}
         for i, (parameter, state) in enumerate(self._optimizer.state.items()):
             for kind in MOMENTS:
-                yield _span(kind, names[id(parameter)], state[kind], turn=i)
+                for saved in self._optim.saved(kind, _dtensor(state[kind])):
+                    yield _span(_dtensor(parameter), saved, names[id(parameter)], turn=i)
 
     def restored(self, updates: int) -> None:
         """Take note that the spans were filled from a checkpoint after `updates` updates."""
@@ -239,31 +240,20 @@ def fill(net: VelocityNet, weights: Weights) -> None:
             local.copy_(rows)
 
 
-def _span(kind: str, name: str, tensor: Tensor, *, turn: int) -> Span:
+def _span(shard: DTensor, saved: Saved, name: str, *, turn: int) -> Span:
     """Describe this rank's part; replicated copies take turns in saving, tensor by tensor."""
-    shard = _dtensor(tensor)
-    mesh, local = shard.device_mesh, shard.to_local()
+    mesh = shard.device_mesh
     copies = mesh.size() // mesh.size(-1)
     mine = turn % copies == (mesh.get_local_rank(0) if copies > 1 else 0)
     offset = _first_row(shard) * math.prod(shard.shape[1:])
-    if type(local) is Tensor:
-        flat, commit = local.view(-1), nothing
-    else:  # quantized: a copy, to be quantized again, which gives back the same numbers
-        flat = local.dequantize().float().view(-1)
-        commit = partial(_requantize, local, flat)
     return Span(
-        kind=kind,
+        kind=saved.kind,
         name=name,
-        shape=tuple(shard.shape),
-        offset=offset,
-        local=flat,
+        shape=tuple(shard.shape) if saved.block == 1 else (shard.numel() // saved.block,),
+        offset=offset // saved.block,
+        local=saved.local,
         mine=mine,
-        commit=commit,
     )
-
-
-def _requantize(state: Tensor, flat: Tensor) -> None:
-    state.copy_(flat.view(state.shape))
 
 
 def _first_row(shard: DTensor) -> int:

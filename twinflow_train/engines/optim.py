@@ -6,11 +6,32 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from twinflow_train.errors import UserError, check
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of the state that Adam-like optimizers keep beside each parameter."""
+
+BLOCK = 256
+"""Numbers of an 8-bit moment that share a scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What a checkpoint holds of a moment, on this rank.
+
+    kind: its name there. local: the numbers, as a live flat view. block: how many numbers of the
+    parameter share one of them.
+    """
+
+    kind: str
+    local: Tensor
+    block: int = 1
 
 
 @dataclass(kw_only=True)
@@ -60,6 +81,10 @@ class Optim(ABC):
         Memory and checkpoints are whole from the first step on, and nothing is made in between.
         """
 
+    def saved(self, kind: str, moment: DTensor) -> Iterator[Saved]:
+        """Yield what has to be saved of a parameter's moment; the same kinds on every rank."""
+        yield Saved(kind=kind, local=moment.to_local().view(-1))
+
 
 @dataclass(kw_only=True)
 class AdamW(Optim):
@@ -104,13 +129,15 @@ class RAdam(Optim):
 class AdamW8bit(Optim):
     """AdamW with moments of 8 bits in blocks of 256 (Dettmers et al. 2022), by torchao.
 
-    Of a shard of fewer than 4,096 numbers, or one that blocks do not divide, they stay float32.
+    A block never crosses a row, so that the blocks are the same however the rows are spread over
+    ranks. Moments of vectors, and of tensors whose rows are not whole blocks, stay float32.
     """
 
     def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """Make torchao's optimizer with zero moments; UserError if torchao is not installed."""
         try:
             from torchao.optim import AdamW8bit as Torchao
+            from torchao.optim.subclass_8bit import OptimState8bit
         except ImportError as error:
             raise UserError(
                 "optim=adamw8bit needs torchao: pip install 'twinflow-train[lowbit]'"
@@ -121,22 +148,56 @@ class AdamW8bit(Optim):
             betas=(self.betas[0], self.betas[1]),
             eps=self.eps,
             weight_decay=self.weight_decay,
+            block_size=BLOCK,
         )
-        set_rate(optimizer, 0.0)
         for p in parameters:
-            p.grad = torch.zeros_like(p)
-        optimizer.step()  # of length 0: torchao makes its state on the way
-        optimizer.zero_grad(set_to_none=True)
-        set_updates(optimizer, 0)
+            # Left to torchao, it would depend on the ranks which moments have 8 bits.
+            state = _zeros(p, step=torch.zeros(()))
+            for kind in MOMENTS:
+                local = _sharded(state[kind]).to_local()
+                if in_blocks(p.shape) and local.numel():
+                    signed = kind == "exp_avg"
+                    zeros = OptimState8bit.zeros(local.shape, signed, BLOCK, local.device)
+                    state[kind] = _like(_sharded(state[kind]), zeros)
+            optimizer.state[p] = state
         return optimizer
 
+    def saved(self, kind: str, moment: DTensor) -> Iterator[Saved]:
+        """Yield codes and scales of what is quantized: from them it comes back exactly."""
+        if not in_blocks(moment.shape):
+            yield from super().saved(kind, moment)
+            return
+        local: Any = moment.to_local()
+        codes, scales = (local.codes, local.scale) if local.numel() else (local.byte(), local)
+        yield Saved(kind=f"{kind}_codes", local=codes.view(-1))
+        yield Saved(kind=f"{kind}_scales", local=scales.view(-1), block=BLOCK)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Names of the state that Adam-like optimizers keep beside each parameter."""
+
+def in_blocks(shape: Sequence[int]) -> bool:
+    """Tell whether the rows of a tensor of this shape are whole blocks."""
+    return math.prod(shape[1:]) % BLOCK == 0
 
 
 def _zeros(parameter: nn.Parameter, *, step: Tensor) -> dict[str, Tensor]:
     return {"step": step, **{name: torch.zeros_like(parameter) for name in MOMENTS}}
+
+
+def _like(shard: DTensor, local: Tensor) -> Tensor:
+    """Give a local tensor the layout of a shard, and its device, which offloading changes."""
+    whole = DTensor.from_local(
+        local,
+        shard.device_mesh,
+        shard.placements,
+        run_check=False,
+        shape=shard.shape,
+        stride=shard.stride(),
+    )
+    return whole.to(shard.device)
+
+
+def _sharded(tensor: Tensor) -> DTensor:
+    assert isinstance(tensor, DTensor), "only FSDP2, where all are DTensors, takes 8-bit moments"
+    return tensor
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
