@@ -1,0 +1,202 @@
+"""What turns pictures and prompts into what shards hold, and the pipeline folders it comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jaxtyping import Float
+from torch import Tensor
+
+from twinflow_train.errors import UserError, listed
+from twinflow_train.files import sha256
+
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+WEIGHTS = {"vae": "diffusion_pytorch_model", "text_encoder": "model"}
+"""What the weight files of a pipeline's part are called, without `.safetensors`."""
+
+
+class Codec(ABC):
+    """A family's picture and prompt encoders, loaded.
+
+    null_prompt: the prompt that stands for "no prompt".
+    multiple: pixels that heights and widths must be multiples of.
+    text_width: width of a token's embedding.
+    """
+
+    null_prompt: str
+    multiple: int
+    text_width: int
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Return the shape (C, H, W) of the latent of a picture of this size in pixels."""
+
+    @abstractmethod
+    def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c hl wl"]:
+        """Turn pictures in [-1, 1] into normalised latents: their mean, in float32."""
+
+    @abstractmethod
+    def decode(self, latents: Float[Tensor, "b c hl wl"]) -> Float[Tensor, "b 3 h w"]:
+        """Turn normalised latents into pictures in [-1, 1], in float32."""
+
+    @abstractmethod
+    def embed(self, prompts: Sequence[str], *, at_once: int) -> list[Float[Tensor, "_ width"]]:
+        """Return each prompt's unpadded embedding (tokens, width), encoding `at_once` a time."""
+
+
+@dataclass(kw_only=True)
+class Encoders(ABC):
+    """Where a codec's weights are: the `encoders` group of the configuration.
+
+    path: a diffusers pipeline folder, or a repository of the Hugging Face hub.
+    revision: the repository's branch, tag or commit; null is its main branch.
+    """
+
+    null_prompt: ClassVar[str]
+
+    path: str = "???"
+    revision: str | None = None
+
+    @abstractmethod
+    def find(self) -> PipelineFolder:
+        """Find the weights; UserError if they are missing, not whole or of another family."""
+
+    @abstractmethod
+    def open(self, folder: PipelineFolder, device: torch.device) -> Codec:
+        """Load the codec from what `find` found; UserError if it is damaged."""
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A pipeline's folder that holds the parts a codec needs.
+
+    name: the repository's, or the folder's own. commit: of the repository, None for a folder that
+    was given. parts: their names.
+    """
+
+    path: Path
+    name: str
+    commit: str | None
+    parts: tuple[str, ...]
+
+    @cached_property
+    def revision(self) -> str:
+        """Identify the weights: the repository's commit, or a SHA-256 over all files used."""
+        if self.commit is not None:
+            return self.commit
+        files = sorted(
+            file for part in self.parts for file in (self.path / part).rglob("*") if file.is_file()
+        )
+        with ThreadPoolExecutor() as pool:
+            sums = list(pool.map(sha256, files))
+        said = [[str(f.relative_to(self.path)), s] for f, s in zip(files, sums, strict=True)]
+        return f"sha256:{hashlib.sha256(json.dumps(said).encode()).hexdigest()}"
+
+
+def find_pipeline(
+    path: str, *, revision: str | None, parts: Mapping[str, str], option: str = "encoders"
+) -> PipelineFolder:
+    """Find a pipeline's folder here or in the hub's cache, or download what is needed of it.
+
+    parts: the class of each part that is needed.
+
+    Raises:
+        UserError: it is missing, not whole, or its parts are of other classes.
+    """
+    folder, commit = Path(path), None
+    if folder.is_dir():
+        if revision is not None:
+            raise UserError(
+                f"{option}.revision is {revision}, but {option}.path = {path} is a folder: leave "
+                "the revision out, or give a repository of the Hugging Face hub"
+            )
+    elif REPOSITORY.fullmatch(path):
+        folder = _download(path, revision=revision, parts=parts, option=option)
+        commit = folder.name
+    else:
+        raise UserError(f"{option}.path: the pipeline folder {path} does not exist")
+    if missing := list(_missing(folder, parts)):
+        raise UserError(
+            f"{option}.path: {path} is not a whole pipeline, it lacks {listed(missing)}; download "
+            f"{_patterns(parts)} of the repository into it"
+        )
+    _check_classes(folder, parts, path=path, option=option)
+    name = folder.resolve().name if commit is None else path
+    return PipelineFolder(folder, name, commit, tuple(parts))
+
+
+def _patterns(parts: Mapping[str, str]) -> str:
+    return " ".join(["model_index.json", *(f"'{part}/*'" for part in parts)])
+
+
+def _download(
+    repository: str, *, revision: str | None, parts: Mapping[str, str], option: str
+) -> Path:
+    """Return the hub's snapshot of what is needed, from its cache where it is there."""
+    try:
+        found = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=["model_index.json", *(f"{part}/*" for part in parts)],
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
+        wanted = f" --revision {revision}" if revision else ""
+        raise UserError(
+            f"{option}.path: {repository} is neither a folder here, nor in the Hugging Face "
+            f"cache, nor to be had from the hub ({type(error).__name__}); where there is a "
+            f"network, run `hf download {repository} {_patterns(parts)}{wanted} --local-dir "
+            f"FOLDER`, copy FOLDER here and give {option}.path=FOLDER"
+        ) from error
+    return Path(found)
+
+
+def _missing(folder: Path, parts: Mapping[str, str]) -> Iterator[str]:
+    """Name the files that a whole pipeline would have and this folder has not."""
+    if not (folder / "model_index.json").is_file():
+        yield "model_index.json"
+    for part in parts:
+        here = folder / part
+        if part in WEIGHTS:
+            files = ["config.json", *_weight_files(here, WEIGHTS[part])]
+        else:
+            whole = (here / "tokenizer.json").is_file()
+            files = ["tokenizer_config.json", *([] if whole else ["vocab.json", "merges.txt"])]
+        yield from (f"{part}/{file}" for file in files if not (here / file).is_file())
+
+
+def _weight_files(folder: Path, name: str) -> list[str]:
+    """List the files that hold a part's weights: those that its index names, if there is one."""
+    index = folder / f"{name}.safetensors.index.json"
+    if not index.is_file():
+        return [f"{name}.safetensors"]
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is damaged ({error!r}); download it again") from error
+
+
+def _check_classes(folder: Path, parts: Mapping[str, str], *, path: str, option: str) -> None:
+    index = folder / "model_index.json"
+    try:
+        said = json.loads(index.read_text())
+        found = {part: said[part][-1] for part in parts}
+    except (ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{index} is damaged ({error!r}); download it again") from error
+    for part, wanted in parts.items():
+        if found[part] != wanted:
+            raise UserError(
+                f"{option}.path: the {part} of {path} is {found[part]}, not {wanted}: choose the "
+                f"{option}= of its family"
+            )

@@ -1,0 +1,113 @@
+"""Qwen-Image's encoders: its VAE's mean, and Qwen2.5-VL behind the pipeline's own template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor
+
+from twinflow_train.errors import UserError
+from twinflow_train.models.codec import Codec, Encoders, PipelineFolder, find_pipeline
+
+PARTS = {
+    "vae": "AutoencoderKLQwenImage",
+    "text_encoder": "Qwen2_5_VLForConditionalGeneration",
+    "tokenizer": "Qwen2Tokenizer",
+}
+PATCH = 2
+"""Side of the square of latents that the transformer takes as one token."""
+
+
+@dataclass(kw_only=True)
+class QwenImageEncoders(Encoders):
+    """The VAE and the text encoder of Qwen-Image, about 17 GB of its repository's 58."""
+
+    null_prompt: ClassVar[str] = "Generate an image."
+
+    path: str = "Qwen/Qwen-Image"
+
+    def find(self) -> PipelineFolder:
+        """Find both and the tokenizer; UserError if they are missing, not whole or others."""
+        return find_pipeline(self.path, revision=self.revision, parts=PARTS)
+
+    def open(self, folder: PipelineFolder, device: torch.device) -> QwenImageCodec:
+        """Load both, and nothing else: in bfloat16 on a GPU, in float32 on a CPU."""
+        return QwenImageCodec(folder, device)
+
+
+class QwenImageCodec(Codec):
+    """Encodes with the stock pipeline's own parts and methods."""
+
+    null_prompt = QwenImageEncoders.null_prompt
+
+    def __init__(self, folder: PipelineFolder, device: torch.device) -> None:
+        # Heavy, and the owners of the libraries: imported only where a codec is opened.
+        from diffusers import QwenImagePipeline
+        from diffusers.utils.logging import disable_progress_bar
+        from transformers.utils.logging import disable_progress_bar as disable_bar_of_weights
+
+        disable_progress_bar()
+        disable_bar_of_weights()
+        self._device = device
+        try:
+            self._pipeline = QwenImagePipeline.from_pretrained(
+                folder.path,
+                transformer=None,
+                scheduler=None,
+                dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+            ).to(device)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"encoders.path: {folder.path} cannot be loaded ({' '.join(str(error).split())}); "
+                "download it again"
+            ) from error
+        self._vae = self._pipeline.vae.eval()
+        self.text_width = self._pipeline.text_encoder.eval().config.text_config.hidden_size
+        self.multiple = PATCH * self._pipeline.vae_scale_factor
+        # As the stock pipeline has them: the inverse is rounded before it is used.
+        config = self._vae.config
+        self._mean = torch.tensor(config.latents_mean, device=device).view(1, -1, 1, 1)
+        self._scale = 1.0 / torch.tensor(config.latents_std, device=device).view(1, -1, 1, 1)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Return the shape (C, H, W) of the latent of a picture of this size in pixels."""
+        factor = self._pipeline.vae_scale_factor
+        return self._vae.config.z_dim, height // factor, width // factor
+
+    @torch.no_grad()
+    def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c hl wl"]:
+        """Turn pictures in [-1, 1] into normalised latents: their mean, in float32."""
+        frames = images.to(self._device, self._vae.dtype).unsqueeze(2)
+        mean: Tensor = self._vae.encode(frames).latent_dist.mode().squeeze(2).float()
+        return (mean - self._mean) * self._scale
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "b c hl wl"]) -> Float[Tensor, "b 3 h w"]:
+        """Turn normalised latents into pictures in [-1, 1], in float32."""
+        mean = latents.to(self._device, torch.float32) / self._scale + self._mean
+        images: Tensor = self._vae.decode(mean.to(self._vae.dtype).unsqueeze(2)).sample
+        return images.squeeze(2).float()
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str], *, at_once: int) -> list[Float[Tensor, "_ width"]]:
+        """Return each prompt's unpadded embedding (tokens, width), encoding `at_once` a time.
+
+        Prompts of like length go together: padding costs as much as words.
+        """
+        found: dict[int, Tensor] = {}
+        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+        for start in range(0, len(order), at_once):
+            numbers = order[start : start + at_once]
+            tokens, mask = self._pipeline.encode_prompt(
+                [prompts[number] for number in numbers], device=self._device
+            )
+            for row, number in enumerate(numbers):
+                found[number] = tokens[row] if mask is None else tokens[row][mask[row].bool()]
+        return [found[number] for number in range(len(prompts))]
