@@ -5,6 +5,9 @@ Each number of processes runs everything once; the tests look at what came out.
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engines.tools import (
     OPTIM,
@@ -31,9 +35,10 @@ from tests.engines.tools import (
 )
 from tests.helpers import spawn
 from twinflow_train.dist import World
+from twinflow_train.engines.average import Averages
 from twinflow_train.engines.base import Precision
 from twinflow_train.engines.fsdp2 import FSDP2
-from twinflow_train.engines.optim import AdamW
+from twinflow_train.engines.optim import AdamW, RAdam
 
 TRIALS: dict[int, dict[str, tuple[int, dict[str, Any]]]] = {
     1: {
@@ -55,10 +60,25 @@ TRIALS: dict[int, dict[str, tuple[int, dict[str, Any]]]] = {
 }
 """For each number of ranks some layouts: micro-batch, and how the engine differs from the usual."""
 
+SLOW = 0.9
+VARIANTS: dict[str, dict[str, Any]] = {
+    "two averages in host memory": {"average": Averages(slow=SLOW, offload=True)},
+    "RAdam": {"optim": RAdam(lr=0.05, clip=0.5, weight_decay=0.01, eps=1e-5)},
+}
+"""Runs on 2 ranks that do something else than the reference run."""
+
 LAYOUTS = [(ranks, name) for ranks, trials in TRIALS.items() for name in trials]
 
 NEAR = {"loss": 1e-6, "norm": 1e-6, "model": 1e-6, "average": 1e-6}
 """Losses and norms relative, weights absolute: float32 sums in another order."""
+
+
+@dataclass(kw_only=True)
+class Copies:
+    """What a rank has after training two copies: hashes of its part by kind; whole averages."""
+
+    bits: dict[str, str]
+    averages: dict[str, State]
 
 
 @dataclass(kw_only=True)
@@ -70,6 +90,10 @@ class Found:
     clips: dict[str, Any] = field(default_factory=dict)
     teachers: dict[str, Any] = field(default_factory=dict)
     counts: dict[int, int] = field(default_factory=dict)
+    products: dict[str, Counter[str]] = field(default_factory=dict)
+    variants: dict[str, Outcome] = field(default_factory=dict)
+    copies: Copies | None = None
+    reduced: Outcome | None = None
     half: Outcome | None = None
 
 
@@ -86,7 +110,14 @@ def everything(world: World) -> Found:
         found.teachers = teachers(world)
     if world.size == 1:
         found.counts = {every: block_calls(world, every) for every in (0, 1, 2)}
+        found.products = {name: products(world, settings) for name, settings in KEPT.items()}
+    else:
+        found.copies = copies(world)
     if world.size == 2:
+        found.variants = {
+            name: run(Trial.of(4, **settings), world) for name, settings in VARIANTS.items()
+        }
+        found.reduced = run(Trial.of(4, engine=fsdp2(bf16_reduce=True)), world, steps=1)
         found.half = run(Trial.of(4, engine=fsdp2(recompute=1, precision=Precision.bf16)), world)
     return found
 
@@ -183,6 +214,53 @@ def block_calls(world: World, every: int) -> int:
         attention.register_forward_hook(lambda *_: calls.append(1))
     trial.backward(engine, 0, world)
     return len(calls)
+
+
+KEPT: dict[str, dict[str, Any]] = {
+    "all": {"recompute": 0},
+    "products": {"recompute": 1, "keep_products": True},
+    "nothing": {"recompute": 1},
+}
+"""What blocks keep for the backward pass."""
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that are run while it is entered, by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def products(world: World, settings: dict[str, Any]) -> Counter[str]:
+    """Count the operations of one forward and backward pass."""
+    trial = Trial.of(8, engine=fsdp2(**settings))
+    engine = trial.shard(world)
+    with Operations() as operations:
+        trial.backward(engine, 0, world)
+    return operations.counts
+
+
+def copies(world: World) -> Copies:
+    """Train two copies of the state, averaged in bfloat16, for 3 steps."""
+    engine = fsdp2(shard_over=world.size // 2)
+    trial = Trial.of(2, engine=engine, average=Averages(slow=SLOW, bf16=True))
+    sharded = trial.shard(world)
+    for step in range(3):
+        trial.learn(sharded, step, world)
+    bits: dict[str, Any] = {span.kind: hashlib.sha256() for span in sharded.spans()}
+    for span in sharded.spans():
+        bits[span.kind].update(span.local.detach().view(torch.uint8).numpy().tobytes())
+    return Copies(
+        bits={kind: digest.hexdigest() for kind, digest in bits.items()},
+        averages={kind: whole(sharded, kind) for kind in ("average", "slow")},
+    )
 
 
 def _full(gradient: Tensor) -> Tensor:
@@ -340,6 +418,61 @@ def test_bfloat16_stays_within_its_tolerance_of_float32() -> None:
     assert far["model"] < 4 * OPTIM.lr
     # It is not float32 under another name.
     assert far["loss"] > 1e-5
+
+
+def test_products_that_are_kept_are_not_run_again() -> None:
+    everything, kept, nothing = (results(1)[0].products[name] for name in KEPT)
+
+    def heavy(counts: Counter[str]) -> dict[str, int]:
+        named = re.compile(r".*mm|.*matmul|.*linear|.*scaled_dot_product.*")
+        return {name: count for name, count in counts.items() if named.fullmatch(name)}
+
+    assert heavy(kept) == heavy(everything)
+    assert sum(heavy(nothing).values()) > sum(heavy(everything).values())
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    assert nothing[attention] - everything[attention] == SIZE.layers
+    # The rest of each block is run again.
+    assert kept["gelu"] == nothing["gelu"] > everything["gelu"]
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_every_variant_gives_the_results_of_one_plain_process(name: str) -> None:
+    expected, outcome = run_plainly(Trial.of(8, **VARIANTS[name])), results(2)[0].variants[name]
+    assert near(outcome, expected) == {}
+    assert max(expected.norms) > 0.5, "no step is clipped: the comparison would not see it"
+    assert apart(expected.model, results(1)[0].begun["model"]) > 1e-3
+
+
+def test_a_slow_average_has_a_decay_of_its_own() -> None:
+    outcome = results(2)[0].variants["two averages in host memory"]
+    assert apart(outcome.slow, outcome.average) > 1e-4
+    assert apart(outcome.average, results(2)[0].outcomes["gathered"].average) < 1e-6
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_copies_stay_alike_bit_for_bit_with_averages_rounded_at_random(ranks: int) -> None:
+    bits = [each.copies.bits for each in results(ranks) if each.copies is not None]
+    assert set(bits[0]) == {"model", "average", "slow", "exp_avg", "exp_avg_sq"}
+    assert bits[: ranks // 2] == bits[ranks // 2 :]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_averages_in_bfloat16_stay_near_those_in_float32(ranks: int) -> None:
+    found = results(ranks)[0].copies
+    expected = run_plainly(Trial.of(8, average=Averages(slow=SLOW)), steps=3)
+    assert found is not None
+    for kind, state in {"average": expected.average, "slow": expected.slow}.items():
+        assert {tensor.dtype for tensor in found.averages[kind].values()} == {torch.bfloat16}
+        # Weights are near 1, and bfloat16 is rounded in steps of 1/128 there, up or down.
+        assert apart(found.averages[kind], state) < 2 / 128
+
+
+def test_gradients_are_reduced_in_bfloat16_only_if_asked_for() -> None:
+    reduced, usual = results(2)[0].reduced, results(2)[0].outcomes["gathered"]
+    assert reduced is not None
+    assert reduced.losses[0] == usual.losses[0]
+    assert reduced.norms[0] != pytest.approx(usual.norms[0], rel=1e-5)
+    assert reduced.norms[0] == pytest.approx(usual.norms[0], rel=1e-2)
 
 
 def test_a_negative_recompute_is_refused_by_key() -> None:

@@ -6,11 +6,11 @@ import copy
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twinflow_train.batch import Batch, Condition
 from twinflow_train.deal import Deal
@@ -18,7 +18,7 @@ from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages
 from twinflow_train.engines.base import Engine, Precision, Sharded
 from twinflow_train.engines.fsdp2 import FSDP2
-from twinflow_train.engines.optim import AdamW, Optim
+from twinflow_train.engines.optim import AdamW, Optim, RAdam
 from twinflow_train.models.base import RandomWeights, VelocityNet
 from twinflow_train.models.qwen_image import SECOND_EMBEDDER, QwenImage
 from twinflow_train.objectives.twinflow import TwinFlow
@@ -125,12 +125,13 @@ class Trial:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a run comes to: losses and norms by step; weights and their average at the end."""
+    """What a run comes to: losses and norms by step; weights and their averages at the end."""
 
     losses: list[float]
     norms: list[float]
     model: State
     average: State
+    slow: State = field(default_factory=dict)
 
     def worst(self, other: Outcome) -> dict[str, float]:
         """Measure the distance: losses and norms relative, weights absolute (they are near 1)."""
@@ -138,7 +139,7 @@ class Outcome:
             "loss": _relative(self.losses, other.losses),
             "norm": _relative(self.norms, other.norms),
             "model": apart(self.model, other.model),
-            "average": apart(self.average, other.average),
+            "average": max(apart(self.average, other.average), apart(self.slow, other.slow)),
         }
 
 
@@ -152,6 +153,7 @@ def run(trial: Trial, world: World, *, steps: int = STEPS) -> Outcome:
         norms=[norm for _, norm in pairs],
         model=whole(engine, "model"),
         average=average,
+        slow=whole(engine, "slow") if trial.average.slow else {},
     )
 
 
@@ -162,32 +164,42 @@ def run_plainly(trial: Trial, *, steps: int = STEPS) -> Outcome:
     with torch.no_grad():
         for name, p in student.named_parameters():
             p.copy_(values.read(student.stored_name(name), p.shape, 0, len(p)))
-    teacher = copy.deepcopy(student).requires_grad_(False)
+    teacher, slow = (copy.deepcopy(student).requires_grad_(False) for _ in range(2))
     trained = [p for p in student.parameters() if p.requires_grad]
-    optim = trial.optim
-    adamw = torch.optim.AdamW(
-        trained,
-        betas=(optim.betas[0], optim.betas[1]),
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        foreach=False,
-    )
+    optim, optimizer = trial.optim, _plain(trial.optim, trained)
     deal = Deal(batch=BATCH, micro_batch=BATCH, ranks=1, rank=0)
-    losses, norms, decay = [], [], 0.0
+    losses, norms = [], []
+    targets, decays = [trial.objective.teacher_decay, trial.average.slow], [0.0, 0.0]
     for step in range(steps):
         draws = trial.objective.draw(deal, 0, seed=SEED, step=step, latent=LATENT)
         loss = trial.objective.loss(student, teacher, batch_of(range(BATCH), step), draws).total
-        adamw.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        adamw.param_groups[0]["lr"] = optim.rate(step, STEPS)
+        optimizer.param_groups[0]["lr"] = optim.rate(step, STEPS)
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, optim.clip)))
-        adamw.step()
+        optimizer.step()
         losses.append(float(loss.detach()))
-        decay += (1 - decay) * (trial.objective.teacher_decay - decay) / 2
-        with torch.no_grad():
-            for a, p in zip(teacher.parameters(), student.parameters(), strict=True):
-                a.copy_(decay * a + (1 - decay) * p)
-    return Outcome(losses=losses, norms=norms, model=_state(student), average=_state(teacher))
+        decays = [d + (1 - d) * (goal - d) / 2 for d, goal in zip(decays, targets, strict=True)]
+        for net, decay in zip((teacher, slow), decays, strict=True):
+            with torch.no_grad():
+                for a, p in zip(net.parameters(), student.parameters(), strict=True):
+                    a.copy_(decay * a + (1 - decay) * p)
+    return Outcome(
+        losses=losses,
+        norms=norms,
+        model=_state(student),
+        average=_state(teacher),
+        slow=_state(slow) if trial.average.slow else {},
+    )
+
+
+def _plain(optim: Optim, trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Make the textbook's form of an optimizer: a tensor at a time."""
+    usual: dict[str, Any] = {"betas": (optim.betas[0], optim.betas[1]), "eps": optim.eps}
+    usual |= {"weight_decay": optim.weight_decay, "foreach": False}
+    if isinstance(optim, RAdam):
+        return torch.optim.RAdam(trained, decoupled_weight_decay=True, **usual)
+    return torch.optim.AdamW(trained, **usual)
 
 
 def network(engine: Sharded) -> VelocityNet:

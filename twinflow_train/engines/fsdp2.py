@@ -72,7 +72,7 @@ class FSDP2(Engine):
         }
         if decay == 1:
             second["average"].keep_own_clock()
-        return ShardedFSDP2(student, second, decays=decays, optim=optim, world=world)
+        return ShardedFSDP2(student, second, decays=decays, optim=optim, mesh=mesh, world=world)
 
     def _mesh(self, world: World) -> DeviceMesh:
         """Arrange the ranks: neighbours share one copy of the state."""
@@ -129,10 +129,11 @@ class ShardedFSDP2:
         *,
         decays: Mapping[str, float],
         optim: Optim,
+        mesh: DeviceMesh,
         world: World,
     ) -> None:
         self._net, self._second, self._decays = student, second, decays
-        self._optim, self._world = optim, world
+        self._optim, self._mesh, self._world = optim, mesh, world
         # The sharded parameters, held here: while gathered, a module shows others in their place.
         self._shards = {kind: _sharded(net) for kind, net in {"model": student, **second}.items()}
         self._trained = [p for p in student.parameters() if p.requires_grad]
@@ -179,7 +180,8 @@ class ShardedFSDP2:
         for kind, decay in self._decays.items():
             if decay < 1:
                 now = decay_at(decay, self.updates)
-                path = (kind, self.updates, self._world.rank)
+                # The same draws in every copy of a shard, or copies would drift apart.
+                path = (kind, self.updates, self._mesh.get_local_rank("shard"))
                 follow(self._locals(kind), self._locals("model"), now, path=path)
                 reshard(self._second[kind])
         reshard(self._net)
