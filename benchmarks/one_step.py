@@ -16,7 +16,8 @@ from torch import Tensor
 from benchmarks.ablation import exported
 from twinflow_train.batch import Condition
 from twinflow_train.data.loader import Shards
-from twinflow_train.data.shards import Sample, ShardSet
+from twinflow_train.data.sample import Sample
+from twinflow_train.data.shards import ShardSet
 from twinflow_train.errors import UserError
 from twinflow_train.evals.grid import Column, draw, save
 from twinflow_train.flow.sampler import Sampler, Style, sample
@@ -75,7 +76,7 @@ def prompts(heldout: ShardSet) -> list[Sample]:
 def columns(block: Block, rows: Sequence[Sample], *, noises: int, seed: int) -> list[Column]:
     """Draw every prompt from its own noises; column k of any network has the same noise."""
     cond = Condition.pad([row.text.float() for row in rows])
-    shape = rows[0].latent.shape
+    shape = rows[0].image.shape
     found = []
     for k in range(noises):
         paths = [generator("one-step", seed, row, k) for row in range(len(rows))]

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from twinflow_train.data.manifest import About
-from twinflow_train.data.shards import Sample, ShardSet, write_shards
+from twinflow_train.data.sample import Sample
+from twinflow_train.data.shards import ShardSet
+from twinflow_train.data.writing import write_shards
 from twinflow_train.errors import UserError
 from twinflow_train.models.text import MiniLM, minilm_folder
 from twinflow_train.rng import digest

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 
 LAYERS = (
     ("errors", "scrub", "files", "rng", "batch", "dist"),
-    ("flow", "deal", "draws", "passes"),
+    ("flow", "deal", "draws", "passes", "place"),
     ("models", "data", "objectives"),
     ("engines",),
     ("metrics", "checkpoint", "evals", "planner", "encoding", "reporting", "runfolder"),
@@ -29,11 +29,12 @@ CONFIGURES = ("run", "launch", *LAYERS[-1])
 OWNERS = {
     "deepspeed": ("engines.zero3",),
     "diffusers": ("models",),
-    "fsspec": ("checkpoint.place",),
+    "fsspec": ("place",),
     "hydra": CONFIGURES,
     "mlxtend": (),
     "omegaconf": CONFIGURES,
     "peft": ("models",),
+    "pyarrow": ("encoding.parquet",),
     "torchao": ("engines.optim",),
     "transformers": ("models",),
     "wandb": ("metrics",),
@@ -159,7 +160,7 @@ def check(tmp_path: Path, sources: dict[str, str]) -> list[str]:
         {"engines/zero3": "def start():\n    import deepspeed"},
         {"data/loader": "from twinflow_train.data import shards\nfrom . import order"},
         {"dist": "import torch\ntorch.distributed.init_process_group()"},
-        {"checkpoint/place": "import fsspec"},
+        {"place": "import fsspec"},
         {"engines/fsdp2": "from torch.distributed.fsdp import fully_shard"},
     ],
 )

@@ -107,10 +107,10 @@ def test_a_manifest_says_what_made_the_run(tmp_path: Path, monkeypatch: pytest.M
         tmp_path,
         {"data": {"path": url, "list": [url]}, "name": odd},
         f"url: {url}\n",
-        {"licence": "CC-BY"},
+        [{"licence": "CC-BY"}],
         ALONE,
     )
-    assert read_manifest(tmp_path)["data"] == {"licence": "CC-BY"}
+    assert read_manifest(tmp_path)["data"] == [{"licence": "CC-BY"}]
     text = (tmp_path / "manifest.json").read_text()
     said = json.loads(text)
     hidden = "https://***@host/x?token=***"
@@ -124,7 +124,7 @@ def test_a_manifest_says_what_made_the_run(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_only_the_main_process_writes_the_manifest(tmp_path: Path) -> None:
-    write_manifest(tmp_path, {}, "", {}, World(rank=1, size=2, device=torch.device("cpu")))
+    write_manifest(tmp_path, {}, "", [], World(rank=1, size=2, device=torch.device("cpu")))
     assert not list(tmp_path.iterdir())
 
 

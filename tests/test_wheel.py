@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from twinflow_train.data.manifest import About
-from twinflow_train.data.shards import Sample, write_shards
+from twinflow_train.data.sample import Sample
+from twinflow_train.data.writing import write_shards
 from twinflow_train.rng import generator
 
 TOP = Path(__file__).parent.parent

@@ -14,7 +14,8 @@ import torch
 from tests.evals.digits import PHRASES, WORDS, images
 from tests.program import Program, serve
 from twinflow_train.data.manifest import About
-from twinflow_train.data.shards import Sample, write_shards
+from twinflow_train.data.sample import Sample
+from twinflow_train.data.writing import write_shards
 from twinflow_train.evals.judge import fit_judge
 from twinflow_train.models.base import save_folder
 from twinflow_train.models.qwen_image import QwenImage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -119,16 +119,25 @@ class Batch:
 
     data: clean latents in the model's normalisation.
     cond: what each row is conditioned on; null: the neutral prompt, one row for all or one each.
-    keys: each row's name in the data set, for messages.
+    keys: each row's name in the data set, for messages. skipped: rows that stand in for samples
+    that could not be used.
     """
 
     data: Float[Tensor, "b *chw"]
     cond: Condition
     null: Condition
     keys: tuple[str, ...]
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield every tensor."""
+        yield self.data
+        for condition in (self.cond, self.null):
+            some = (condition.tokens, condition.mask, condition.pooled, *condition.references)
+            yield from (tensor for tensor in some if tensor is not None)
 
     def to(self, device: torch.device | str) -> Batch:
         """Move every tensor to `device`, asynchronously where memory is pinned."""
@@ -138,6 +147,31 @@ class Batch:
             cond=self.cond.to(device),
             null=self.null.to(device),
         )
+
+
+def moved(batches: Sequence[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches on `device`; a GPU fetches each while it computes with the one before."""
+    if device.type != "cuda":
+        yield from (batch.to(device) for batch in batches)
+        return
+    beside, ready = torch.cuda.Stream(device), [*batches]
+
+    def send() -> tuple[Batch, torch.cuda.Event]:
+        with torch.cuda.stream(beside):
+            return ready.pop(0).to(device), beside.record_event()
+
+    sent = send()
+    while True:
+        batch, event = sent
+        if ready:
+            sent = send()
+        now = torch.cuda.current_stream(device)
+        now.wait_event(event)
+        for tensor in batch.tensors():
+            tensor.record_stream(now)  # or its memory would be given away while in use
+        yield batch
+        if sent[0] is batch:
+            return
 
 
 @runtime_checkable

@@ -6,14 +6,16 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from twinflow_train import dist
-from twinflow_train.batch import Batch
+from twinflow_train.batch import Batch, moved
 from twinflow_train.checkpoint import Progress
+from twinflow_train.data.feed import Feed
 from twinflow_train.data.loader import prefetch
 from twinflow_train.dist import World
 from twinflow_train.draws import Draws
@@ -25,8 +27,23 @@ from twinflow_train.reporting.summary import conclude
 from twinflow_train.run import INTERRUPTED, Resume, Run
 from twinflow_train.runfolder import read_manifest, run_folder, set_aside, write_manifest
 
-Prepared = list[tuple[Batch, Draws]]
-"""One optimizer step of one rank: its micro-batches and their randomness."""
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """One optimizer step of one rank: its micro-batches and their randomness.
+
+    epochs: how often the data were shown before it, as metrics.
+    """
+
+    batches: list[Batch]
+    draws: list[Draws]
+    epochs: dict[str, float]
+
+    def micro_steps(self, world: World) -> Iterator[tuple[Batch, Draws, bool]]:
+        """Yield the micro-batches on the rank's device, and whether each is the last."""
+        batches = moved(self.batches, world.device)
+        for number, (batch, draws) in enumerate(zip(batches, self.draws, strict=True), start=1):
+            yield batch, draws, number == len(self.batches)
 
 
 def train(run: Run) -> int:
@@ -50,6 +67,7 @@ def train(run: Run) -> int:
         log.tell(run.banner(engine, world) + "\n" + saves.banner())
         steps = prefetch(prepare(run, progress.step, world), run.data.prefetch)
         stack.enter_context(closing(steps))
+        feed = Feed(steps=steps, world=world, budget=run.data.skip_budget)
         while True:
             done, stop = progress.step >= run.steps, dist.stopping(world)
             if done or stop or progress.every(run.save_every):
@@ -69,7 +87,7 @@ def train(run: Run) -> int:
                 log.picture(progress.step, "samples", found.picture)
             if done or stop:
                 break
-            values = learn(run, engine, steps, progress.step, world)
+            values = learn(run, engine, feed, progress.step, world)
             log.stepped(progress.step, progress.samples, values | saves.figures())
             progress.advance(run.batch)
         if stop:
@@ -86,32 +104,31 @@ def train(run: Run) -> int:
 
 def prepare(run: Run, step: int, world: World) -> Iterator[Prepared]:
     """Yield this rank's micro-batches with their randomness, an optimizer step at a time."""
-    deal, latent = run.deal(world), run.data.train().manifest.form.latent_shape
-    batches = run.data.batches(
-        seed=run.seed, batch=run.batch, rows=deal.rows(), start=step * run.batch
-    )
-    for micro_batches in batches:
+    deal, stream = run.deal(world), run.data.stream(seed=run.seed, batch=run.batch)
+    groups = [*run.objective.shares.counts(run.batch).values()]
+    for batches in run.data.batches(stream, rows=deal.rows(), groups=groups, step=step):
+        latent = batches[0].data.shape[1:]
         draws = [
             run.objective.draw(deal, micro, seed=run.seed, step=step, latent=latent)
             for micro in range(deal.micro_steps)
         ]
-        yield list(zip(micro_batches, draws, strict=True))
+        yield Prepared(batches=batches, draws=draws, epochs=run.data.epochs(stream, step))
         step += 1
 
 
 def learn(
-    run: Run, engine: Sharded, steps: Iterator[Prepared], step: int, world: World
+    run: Run, engine: Sharded, feed: Feed[Prepared], step: int, world: World
 ) -> dict[str, float]:
     """Take one optimizer step and return what there is to log about it."""
     began = time.perf_counter()
-    prepared = next(steps)
+    prepared = feed.take()
     waited = time.perf_counter() - began
     due = run.terms_every and step % run.terms_every == 0
     norms = norms_by_term(run, engine, prepared, world) if due else {}
     sums: dict[str, torch.Tensor] = {}
-    for micro, (batch, draws) in enumerate(prepared, start=1):
-        loss = run.objective.loss(engine.student, engine.teacher, batch.to(world.device), draws)
-        engine.backward(loss.total, last=micro == len(prepared))
+    for batch, draws, last in prepared.micro_steps(world):
+        loss = run.objective.loss(engine.student, engine.teacher, batch, draws)
+        engine.backward(loss.total, last=last)
         for name, value in loss.metrics.items():
             sums[name] = sums[name] + value if name in sums else value
     rate = run.optim.rate(step, run.steps)
@@ -120,9 +137,11 @@ def learn(
     return (
         dict(zip(sums, means, strict=True))
         | norms
+        | prepared.epochs
         | {
             "norm/grad": float(norm),
             "lr": rate,
+            "data/skipped": feed.skipped,
             "time/data": waited,
             "time/step": time.perf_counter() - began,
             "memory/peak_gib": world.peak_memory() / 2**30,
@@ -134,9 +153,9 @@ def norms_by_term(run: Run, engine: Sharded, prepared: Prepared, world: World) -
     """Return the gradient norm of each term of the loss alone: the passes of one more step each."""
     norms = {}
     for term in run.objective.terms(run.batch):
-        for micro, (batch, draws) in enumerate(prepared, start=1):
-            loss = run.objective.loss(engine.student, engine.teacher, batch.to(world.device), draws)
-            engine.backward(loss.terms[term], last=micro == len(prepared))
+        for batch, draws, last in prepared.micro_steps(world):
+            loss = run.objective.loss(engine.student, engine.teacher, batch, draws)
+            engine.backward(loss.terms[term], last=last)
         norms[f"norm/{term}"] = float(engine.discard())
     return norms
 

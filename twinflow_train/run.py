@@ -25,7 +25,6 @@ from twinflow_train.engines.zero3 import ZeRO3
 from twinflow_train.errors import UserError
 from twinflow_train.evals.health import Health
 from twinflow_train.evals.suite import Digits, Evals, NoEvals
-from twinflow_train.files import sha256
 from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
 from twinflow_train.models.base import Model, Weights
 from twinflow_train.models.qwen_image import QwenImage
@@ -123,9 +122,9 @@ class Run:
             return self.model.random_weights(self.seed)
         return self.model.stored_weights(Path(self.init_from))
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> list[dict[str, Any]]:
         """Say what there is to know about the data."""
-        return asdict(self.data.train().manifest.about)
+        return [asdict(one.manifest.about) for one in self.data.train()]
 
     def deal(self, world: World) -> Deal:
         """Divide the global batch among the ranks; UserError if it does not divide."""
@@ -137,8 +136,9 @@ class Run:
         """Refuse, before anything is written, what does not fit together: UserError."""
         self.deal(world)
         self.evals.check(self.data.held_out())
-        form = self.data.train().manifest.form
-        self.model.check(form.latent_shape, form.text_width)
+        stream = self.data.stream(seed=self.seed, batch=self.batch)
+        for shape in (*stream.shapes, self.data.held_out().latent_shape):
+            self.model.check(shape, stream.sets[0].manifest.form.text_width)
         if self.checkpoints is not None:
             refuse_unusable(self.checkpoints, empty=self.resume is Resume.never, world=world)
 
@@ -217,10 +217,8 @@ class Run:
         config = self.config()
         keys = ("model", "objective", "seed", "batch", "init_from")
         slow = {"slow": config["average"]["slow"]}
-        contents = sha256(self.data.train().folder / "manifest.json")
-        data = {"window": self.data.window, "contents": contents}
         identity: dict[str, Any] = scrub(
-            {key: config[key] for key in keys} | {"data": data, "average": slow}
+            {key: config[key] for key in keys} | {"data": self.data.identity(), "average": slow}
         )
         return identity
 

@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,15 @@ _set_aside = re.compile(r"before-(\d+)$")
 
 
 def write_manifest(
-    folder: Path, config: Mapping[str, Any], yaml: str, about: Mapping[str, Any], world: World
+    folder: Path,
+    config: Mapping[str, Any],
+    yaml: str,
+    about: Sequence[Mapping[str, Any]],
+    world: World,
 ) -> None:
     """Write down what the run is: its configuration, command, code and library versions.
 
-    about: what there is to know about its data.
+    about: what there is to know about each set of its data.
     """
     if not world.main:
         return

@@ -14,8 +14,8 @@ from tests.checkpoint.test_mishaps import cut, flip
 from tests.checkpoint.tools import IDENTITY, RANK_FILE, Plainly
 from twinflow_train.checkpoint.__main__ import main
 from twinflow_train.checkpoint.inspecting import find, look
-from twinflow_train.checkpoint.place import Place
 from twinflow_train.errors import UserError
+from twinflow_train.place import Place
 
 RUN = {
     "model": {"_type": "Net", "layers": 2},

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twinflow_train.checkpoint import ranges
-from twinflow_train.checkpoint.place import Place
 from twinflow_train.checkpoint.ranges import TYPES, DamageError, Piece, RangeFile, header
+from twinflow_train.place import Place
 
 
 def piece(values: Tensor, begin: int) -> Piece:

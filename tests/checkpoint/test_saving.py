@@ -19,10 +19,10 @@ from tests.checkpoint.tools import ALONE, RANK_FILE, SHAPES, Listener, Plain, Pl
 from tests.helpers import RankError, spawn
 from twinflow_train.checkpoint.copying import HostCopy
 from twinflow_train.checkpoint.inspecting import look
-from twinflow_train.checkpoint.place import Place
 from twinflow_train.checkpoint.saving import Keep
 from twinflow_train.dist import World
 from twinflow_train.errors import UserError
+from twinflow_train.place import Place
 
 LARGE = {"model/a": (100, 100)}
 

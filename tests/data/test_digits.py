@@ -47,7 +47,7 @@ def test_the_splits_are_disjoint_and_balanced(built: Path) -> None:
         assert set(labels.values()) == {len(shards) // 10}
         assert [sample.fields["label"] for sample in samples[:10]] == list(range(10))
         keys += [sample.key for sample in samples]
-        pixels = torch.stack([sample.latent for sample in samples])
+        pixels = torch.stack([sample.image for sample in samples])
         assert (pixels.shape[1:], pixels.dtype) == ((1, 28, 28), torch.float32)
         assert (float(pixels.min()), float(pixels.max())) == (-1, 1)
     assert len(set(keys)) == 5000

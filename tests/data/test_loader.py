@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,7 @@ from hypothesis import strategies as st
 
 from tests.data.tools import make_sample, make_set
 from twinflow_train.batch import Batch
-from twinflow_train.data.loader import Shards, prefetch
-from twinflow_train.data.order import locate
+from twinflow_train.data.loader import Part, Shards, prefetch
 from twinflow_train.data.shards import ShardSet
 
 
@@ -25,9 +25,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 
 def steps(
-    data: Shards, rows: list[list[int]], *, batch: int, start: int, many: int
+    data: Shards, rows: list[list[int]], *, batch: int, step: int = 0, many: int
 ) -> list[list[Batch]]:
-    return list(islice(data.batches(seed=5, batch=batch, rows=rows, start=start), many))
+    stream = data.stream(seed=5, batch=batch)
+    with closing(data.batches(stream, rows=rows, groups=[batch], step=step)) as found:
+        return list(islice(found, many))
 
 
 def shown(micros: list[Batch]) -> list[tuple[str, float, bytes]]:
@@ -36,25 +38,33 @@ def shown(micros: list[Batch]) -> list[tuple[str, float, bytes]]:
     for batch in micros:
         for i, key in enumerate(batch.keys):
             text = batch.cond.tokens[i][batch.cond.full_mask()[i]]
-            rows.append((key, float(batch.data[i].mean()), text.numpy().tobytes()))
+            rows.append((key, float(batch.data[i].mean()), text.float().numpy().tobytes()))
     return rows
 
 
-def test_a_batch_holds_the_samples_that_the_order_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+@pytest.mark.parametrize("by_length", [False, True])
+def test_a_batch_holds_the_samples_that_the_stream_names(
+    tmp_path: Path, prefetch: int, by_length: bool
+) -> None:
     shards = make_set(tmp_path / "set", 10, samples_per_shard=3)
-    data = Shards(path=str(shards.folder), heldout=str(shards.folder), window=2)
-    for step, micros in enumerate(steps(data, [[0, 2], [3]], batch=4, start=8, many=4)):
+    data = Shards(
+        path=str(shards.folder), window=2, prefetch=prefetch, by_length=by_length, lanes=2
+    )
+    stream = data.stream(seed=5, batch=4)
+    for step, micros in enumerate(steps(data, [[0, 2], [3]], batch=4, step=2, many=4), 2):
         for batch, rows in zip(micros, [[0, 2], [3]], strict=True):
-            assert batch.data.dtype == batch.cond.tokens.dtype == torch.float32
+            assert batch.data.dtype == torch.float32
+            assert batch.cond.tokens.dtype == torch.bfloat16
             assert torch.equal(batch.null.tokens, shards.null.tokens)
-            for i, row in enumerate(rows):
-                position = 8 + 4 * step + row
-                _, index = locate(position, seed=5, counts=shards.counts, window=2)
-                sample = make_sample(index)
+            assert batch.skipped == 0
+            for i, ref in enumerate(stream.rows(step, rows, groups=[4])):
+                sample = make_sample(ref.index)
                 text = batch.cond.tokens[i][batch.cond.full_mask()[i]]
                 assert batch.keys[i] == sample.key
-                assert torch.equal(batch.data[i], sample.latent)
-                assert any(torch.equal(text, wrote.float()) for wrote in sample.texts)
+                assert torch.equal(batch.data[i], sample.image)
+                assert torch.equal(text, sample.texts[ref.caption % 2])
+                assert not batch.cond.tokens[i][~batch.cond.full_mask()[i]].any()
 
 
 @settings(deadline=None, max_examples=25)
@@ -65,13 +75,12 @@ def test_the_global_batch_does_not_depend_on_the_deal(
     shards: ShardSet, dealt: list[int], ranks: int, step: int
 ) -> None:
     data = Shards(path=str(shards.folder), window=2)
-    start = 12 * step
-    whole = shown(steps(data, [list(range(12))], batch=12, start=start, many=1)[0])
+    whole = shown(steps(data, [list(range(12))], batch=12, step=step, many=1)[0])
     union = []
     for rank in range(ranks):
         mine = dealt[rank::ranks]
         micro_batches = [mine[:1], mine[1:]]
-        seen = shown(steps(data, micro_batches, batch=12, start=start, many=1)[0])
+        seen = shown(steps(data, micro_batches, batch=12, step=step, many=1)[0])
         union += list(zip(mine, seen, strict=True))
     assert [sample for _, sample in sorted(union)] == whole
 
@@ -79,16 +88,14 @@ def test_the_global_batch_does_not_depend_on_the_deal(
 def test_a_resumed_stream_continues_the_first_one(shards: ShardSet) -> None:
     data = Shards(path=str(shards.folder), window=2)
     rows = [[0, 1], [2, 3]]
-    through = steps(data, rows, batch=4, start=0, many=9)
-    resumed = steps(data, rows, batch=4, start=20, many=4)
+    through = steps(data, rows, batch=4, many=9)
+    resumed = steps(data, rows, batch=4, step=5, many=4)
     assert [shown(step) for step in resumed] == [shown(step) for step in through[5:]]
 
 
 def test_an_epoch_is_seen_once_and_captions_change_between_epochs(shards: ShardSet) -> None:
     data = Shards(path=str(shards.folder))
-    seen = [
-        row for step in steps(data, [[0]], batch=1, start=0, many=17 * 8) for row in shown(step)
-    ]
+    seen = [row for step in steps(data, [[0]], batch=1, many=17 * 8) for row in shown(step)]
     texts: dict[str, set[bytes]] = {}
     for epoch in range(8):
         rows = seen[17 * epoch : 17 * (epoch + 1)]
@@ -104,18 +111,31 @@ def test_an_epoch_is_seen_once_and_captions_change_between_epochs(shards: ShardS
         ({"window": 0}, r"data\.window is 0"),
         ({"window": 257}, r"data\.window is 257"),
         ({"prefetch": -1}, r"data\.prefetch is -1"),
+        ({"threads": 0}, r"data\.threads is 0"),
+        ({"lanes": 6}, r"data\.lanes is 6; it must be a power of two"),
+        ({"skip_budget": -1}, r"data\.skip_budget is -1"),
+        ({"attempts": 0}, r"data\.attempts is 0"),
+        ({"weight": 0.0}, r"data\.weight is 0"),
+        ({"cache_gb": 0.0}, r"data\.cache_gb is 0"),
     ],
 )
-def test_bad_values_name_the_key_and_the_number(options: dict[str, int], message: str) -> None:
+def test_bad_values_name_the_key_and_the_number(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Shards(**options)  # type: ignore[arg-type]
+        Shards(**options)
 
 
-def test_a_missing_folder_names_its_key() -> None:
+def test_a_bad_part_of_a_mixture_names_its_key() -> None:
+    with pytest.raises(ValueError, match=r"data\.mix\.weight is 0"):
+        Part(weight=0.0)
+
+
+def test_a_missing_folder_names_its_key(shards: ShardSet) -> None:
     with pytest.raises(ValueError, match=r"data\.path"):
         Shards(path="nowhere").train()
     with pytest.raises(ValueError, match=r"data\.heldout"):
         Shards(heldout="nowhere").held_out()
+    with pytest.raises(ValueError, match=r"data\.mix: .*nowhere"):
+        Shards(path=str(shards.folder), mix=[Part(path="nowhere")]).train()
 
 
 def threads() -> int:

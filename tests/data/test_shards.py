@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,9 @@ import torch
 import webdataset
 
 from tests.data.tools import ABOUT, make_sample, make_set
-from twinflow_train.data.shards import Sample, ShardSet, write_shards
+from twinflow_train.data.sample import Sample
+from twinflow_train.data.shards import DataError, ShardSet
+from twinflow_train.data.writing import write_shards
 from twinflow_train.errors import UserError
 
 
@@ -34,12 +37,12 @@ def test_every_sample_reads_back_exactly(tmp_path: Path) -> None:
             chosen = caption % 2
             assert (read.key, read.caption) == (wrote.key, wrote.captions[chosen])
             assert read.fields == wrote.fields
-            assert torch.equal(read.latent, wrote.latent)
+            assert torch.equal(read.image, wrote.image)
             assert torch.equal(read.text, wrote.texts[chosen])
             assert read.text.dtype == torch.bfloat16
 
 
-def test_the_null_prompt_is_a_float32_condition_of_one_row(tmp_path: Path) -> None:
+def test_the_null_prompt_is_a_condition_of_one_row(tmp_path: Path) -> None:
     null = make_set(tmp_path / "set").null
     assert null.tokens.shape == (1, 3, 6)
     assert null.tokens.dtype == torch.float32
@@ -67,7 +70,7 @@ def test_threads_read_what_one_thread_reads_with_one_shard_open(tmp_path: Path) 
     shards = ShardSet(make_set(tmp_path / "set", 20, samples_per_shard=3).folder, keep_open=1)
     order = [(7 * i) % 20 for i in range(200)]
     with ThreadPoolExecutor(4) as pool:
-        read = list(pool.map(lambda i: float(shards.read(i).latent.mean()), order))
+        read = list(pool.map(lambda i: float(shards.read(i).image.mean()), order))
     assert read == [float(i) for i in order]
 
 
@@ -145,12 +148,12 @@ def rewrite_manifest(shards: ShardSet, text: str) -> None:
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     shards = make_set(tmp_path / "set")
-    rewrite_manifest(shards, '{"version": 2, "surprise": []}')
-    with pytest.raises(UserError, match="version 2, but this program reads version 1"):
+    rewrite_manifest(shards, '{"version": 1, "surprise": []}')
+    with pytest.raises(UserError, match="version 1, but this program reads version 2"):
         ShardSet(shards.folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', '{"version": 1, "shards": []}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 2}', '{"version": 2, "shards": []}'])
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     shards = make_set(tmp_path / "set")
     rewrite_manifest(shards, text)
@@ -166,7 +169,7 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path: Path) -> None:
         ShardSet(shards.folder)
 
 
-@pytest.mark.parametrize("file", ["000001.tar", "null.safetensors"])
+@pytest.mark.parametrize("file", ["000001.tar", "000001.index.json", "null.safetensors"])
 def test_a_missing_file_is_noticed_when_the_set_is_opened(tmp_path: Path, file: str) -> None:
     shards = make_set(tmp_path / "set")
     (shards.folder / file).unlink()
@@ -190,23 +193,43 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
     assert shards.read(0).key == "s000"
 
 
-def put(shards: ShardSet, members: dict[str, bytes]) -> ShardSet:
-    """Replace the first shard by a tar of these members that the manifest agrees with."""
+def put(shards: ShardSet, members: dict[str, bytes], tokens: Sequence[int] = (2, 6)) -> ShardSet:
+    """Replace the first shard by a tar of these members, with an index and a manifest that agree.
+
+    The index has a sample for each key that has both of its members.
+    """
     path = shards.folder / "000000.tar"
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    with tarfile.open(path) as tar:
+        at = {member.name: (member.offset_data, member.size) for member in tar}
+    keys = [name.removesuffix(".json") for name in at if name.endswith(".json")]
+    both = [(key, at.get(f"{key}.safetensors"), at[f"{key}.json"]) for key in keys]
+    index = json.dumps([[key, *one, *two, tokens] for key, one, two in both if one])
+    return put_index(shards, index, samples=len(both))
+
+
+def put_index(shards: ShardSet, index: str, *, samples: int) -> ShardSet:
+    """Give the first shard another index, with a manifest that agrees with it and with the tar."""
+    path = shards.folder / "000000.tar"
+    path.with_name("000000.index.json").write_text(index)
     said = json.loads((shards.folder / "manifest.json").read_text())
-    said["shards"][0] |= {"bytes": path.stat().st_size, "samples": 1}
+    said["shards"][0] |= {
+        "bytes": path.stat().st_size,
+        "samples": samples,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "index_sha256": hashlib.sha256(index.encode()).hexdigest(),
+    }
     rewrite_manifest(shards, json.dumps(said))
     return ShardSet(shards.folder)
 
 
 def packed(**change: torch.Tensor) -> bytes:
     sample = make_sample(0)
-    tensors = {"latent": sample.latent, "text.0": sample.texts[0], "text.1": sample.texts[1]}
+    tensors = {"latent": sample.image, "text.0": sample.texts[0], "text.1": sample.texts[1]}
     return safetensors.torch.save(tensors | change)
 
 
@@ -216,46 +239,102 @@ SAID = b'{"captions": ["one", "two"]}'
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"a.json": SAID}, r"member a\.safetensors is missing"),
-        ({"a.safetensors": packed()}, r"member a\.json is missing"),
-        ({"../a.json": SAID}, "not a plain file inside the tar"),
-        ({"/a.json": SAID}, "not a plain file inside the tar"),
-        ({"a.pth": b"", "a.json": SAID, "a.safetensors": packed()}, r"a\.pth.*only"),
-        ({f"{k}.{e}": b"" for k in "ab" for e in ("json", "safetensors")}, "has 2 samples"),
-        ({"a.json": SAID, "a.safetensors": b"noise"}, "sample a cannot be read"),
-        ({"a.json": b"{", "a.safetensors": packed()}, "sample a cannot be read"),
-        ({"a.json": b"{}", "a.safetensors": packed()}, "sample a cannot be read.*captions"),
-        ({"a.json": b'{"captions": []}', "a.safetensors": packed()}, "sample a cannot be read"),
+        ({"a.json": SAID, "a.safetensors": b"noise"}, "Expecting value"),
+        ({"a.json": SAID, "a.safetensors": (2**60).to_bytes(8, "little")}, "Expecting value"),
+        ({"a.json": SAID, "a.safetensors": packed()[:-20]}, "ends at byte"),
+        ({"a.json": b"{", "a.safetensors": packed()}, "line 1 column 2"),
+        ({"a.json": b"{}", "a.safetensors": packed()}, "captions"),
+        ({"a.json": b'{"captions": []}', "a.safetensors": packed()}, "ZeroDivisionError"),
         (
             {"a.json": SAID, "a.safetensors": packed(latent=torch.full((1, 4, 4), math.nan))},
-            "sample a: the latent is not finite",
+            "the latent is not finite",
         ),
         (
             {"a.json": SAID, "a.safetensors": packed(latent=torch.zeros(2, 4, 4))},
-            r"sample a: is .*\(2, 4, 4\).*others are .*\(1, 4, 4\)",
+            r"the latent has shape \(2, 4, 4\), the shard's have \(1, 4, 4\)",
+        ),
+        (
+            {"a.json": SAID, "a.safetensors": packed(latent=torch.zeros(1, 4, 4).half())},
+            "float16.*others are.*float32",
+        ),
+        (
+            {"a.json": SAID, "a.safetensors": packed(**{"text.0": torch.zeros(2, 7).bfloat16()})},
+            r"text embedding is bfloat16 \(2, 7\)",
         ),
     ],
 )
-def test_a_damaged_shard_names_itself_and_the_sample(
+def test_a_damaged_sample_is_named_with_its_shard(
     tmp_path: Path, members: dict[str, bytes], message: str
 ) -> None:
     shards = put(make_set(tmp_path / "set"), members)
-    with pytest.raises(UserError, match=rf"000000\.tar.*{message}"):
+    with pytest.raises(DataError, match=rf"000000\.tar: sample a cannot be read: .*{message}"):
         shards.read(0)
 
 
-def test_a_member_that_is_a_link_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"../a.json": SAID, "a.safetensors": packed()}, "not a plain file inside the tar"),
+        ({"/a.json": SAID, "a.safetensors": packed()}, "not a plain file inside the tar"),
+        ({"b/../a.json": SAID, "a.safetensors": packed()}, "not a plain file inside the tar"),
+        ({"a.pth": b"", "a.json": SAID, "a.safetensors": packed()}, r"a\.pth.*only"),
+        ({"a.pkl": b"", "a.json": SAID, "a.safetensors": packed()}, r"a\.pkl.*only"),
+        ({"a.json": SAID, "a.safetensors": packed(), "b.json": SAID}, "not an index of"),
+    ],
+)
+def test_verify_refuses_members_that_no_shard_has(
+    tmp_path: Path, members: dict[str, bytes], message: str
+) -> None:
+    shards = put(make_set(tmp_path / "set"), members)
+    with pytest.raises(UserError, match=rf"000000\..*{message}"):
+        shards.verify()
+
+
+def test_verify_refuses_a_link(tmp_path: Path) -> None:
     shards = make_set(tmp_path / "set")
     path = shards.folder / "000000.tar"
-    size = path.stat().st_size
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "a") as tar:
         link = tarfile.TarInfo("a.json")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    with path.open("ab") as file:
-        file.write(bytes(max(size - path.stat().st_size, 0)))
-    with pytest.raises(UserError, match="not a plain file"):
+    index = path.with_name("000000.index.json").read_text()
+    with pytest.raises(UserError, match=r"000000\.tar: member 'a\.json' is not a plain file"):
+        put_index(shards, index, samples=4).verify()
+
+
+GOOD: list[object] = ["a", 512, 10, 1024, 10, [2]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ["../a", *GOOD[1:]],
+        ["a", 10**9, *GOOD[2:]],
+        ["a", 512, -10, *GOOD[3:]],
+        ["a", "512", *GOOD[2:]],
+        ["a", 512.5, *GOOD[2:]],
+        [*GOOD[:3], -1024, *GOOD[4:]],
+        [*GOOD[:5], []],
+        [*GOOD[:5], [0]],
+        [*GOOD[:5], 2],
+        GOOD[:5],
+        "aaaaaa",
+    ],
+)
+def test_an_index_that_is_none_is_refused(tmp_path: Path, row: object) -> None:
+    shards = put_index(make_set(tmp_path / "set"), json.dumps([row]), samples=1)
+    with pytest.raises(DataError, match=r"000000\.index\.json: not an index"):
         shards.read(0)
+    with pytest.raises(UserError, match=r"000000\.index\.json: not an index"):
+        shards.verify()
+
+
+def test_an_index_that_was_changed_is_named(tmp_path: Path) -> None:
+    shards = make_set(tmp_path / "set")
+    path = shards.folder / "000001.index.json"
+    path.write_text(path.read_text().replace("s005", "s006"))
+    with pytest.raises(DataError, match=r"000001\.index\.json: SHA-256"):
+        shards.read(5)
 
 
 def test_verify_finds_one_changed_byte(tmp_path: Path) -> None:
@@ -267,3 +346,11 @@ def test_verify_finds_one_changed_byte(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"000002\.tar: SHA-256"):
         shards.verify()
+
+
+def test_verify_finds_an_index_of_another_tar(tmp_path: Path) -> None:
+    shards = put(make_set(tmp_path / "set"), {"a.json": SAID, "a.safetensors": packed()})
+    index = (shards.folder / "000000.index.json").read_text()
+    other = put_index(shards, index.replace('"a"', '"b"'), samples=1)
+    with pytest.raises(UserError, match=r"000000\.tar: is not what 000000\.index\.json says"):
+        other.verify()

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from twinflow_train.data.manifest import About
-from twinflow_train.data.shards import Sample, ShardSet, write_shards
+from twinflow_train.data.sample import Sample
+from twinflow_train.data.shards import ShardSet
+from twinflow_train.data.writing import write_shards
 from twinflow_train.rng import generator
 
 ABOUT = About(encoder="none", revision="0", null_prompt="Generate.", licence="free")

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from twinflow_train.batch import Condition
 from twinflow_train.data.manifest import About
-from twinflow_train.data.shards import Sample, ShardSet, write_shards
+from twinflow_train.data.sample import Sample
+from twinflow_train.data.shards import ShardSet
+from twinflow_train.data.writing import write_shards
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PHRASES = ("a handwritten {}", "the digit {}", "{}")

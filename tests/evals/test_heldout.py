@@ -28,7 +28,7 @@ def test_a_velocity_of_zero_is_wrong_by_the_size_of_noise_minus_data(real: Real)
         return torch.zeros_like(x_t)
 
     found = heldout_loss(zero, real.heldout, ALONE, samples=240, batch=60, seed=0)
-    data = torch.stack([real.heldout.read(i).latent for i in range(240)])
+    data = torch.stack([real.heldout.read(i).image for i in range(240)])
     assert list(found) == ["heldout/diagonal", "heldout/jump"]
     for value in found.values():
         assert value == pytest.approx(1 + float(data.square().mean()), rel=0.02)
@@ -55,7 +55,7 @@ def test_every_class_is_asked_at_every_time_where_classes_take_turns() -> None:
 
 def test_it_is_zero_for_a_velocity_that_knows_the_pair(real: Real) -> None:
     """On the far jump x_t is the noise itself, so knowing the data is knowing the answer."""
-    data = iter([real.heldout.read(i).latent for i in range(6)])
+    data = iter([real.heldout.read(i).image for i in range(6)])
 
     def oracle(x_t: Tensor, t: Tensor, r: Tensor, cond: Condition, /) -> Tensor:
         clean = torch.stack([next(data) for _ in range(len(x_t))])

@@ -8,7 +8,8 @@ import torch
 from tests.evals import digits
 from tests.evals.conftest import Real
 from twinflow_train.data.manifest import About
-from twinflow_train.data.shards import Sample, write_shards
+from twinflow_train.data.sample import Sample
+from twinflow_train.data.writing import write_shards
 from twinflow_train.errors import UserError
 from twinflow_train.evals import metrics
 from twinflow_train.evals.judge import Judge, fit_judge, labelled

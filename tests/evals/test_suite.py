@@ -68,7 +68,7 @@ def test_the_picture_has_one_prompt_of_each_class_and_its_real_image(real: Real)
     assert len(found.captions) == 1
     assert "zero" in found.captions[0]
     assert found.reals is not None
-    assert torch.equal(found.reals[0], real.heldout.read(0).latent)
+    assert torch.equal(found.reals[0], real.heldout.read(0).image)
     assert [column.heading.split("\n")[0] for column in found.columns()[:2]] == ["real", "raw"]
 
 

@@ -13,7 +13,7 @@ from twinflow_train.reporting import card
 MANIFEST: dict[str, Any] = {
     "twinflow_train": "1.2.3",
     "commit": None,
-    "data": {"encoder": "an encoder", "null_prompt": "a | null", "licence": "CC-BY"},
+    "data": [{"encoder": "an encoder", "null_prompt": "a | null", "licence": "CC-BY"}],
     "config": {
         "name": "a_run",
         "seed": 3,

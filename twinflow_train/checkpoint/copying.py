@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from twinflow_train.checkpoint.place import CHUNK
 from twinflow_train.checkpoint.ranges import Piece, header
 from twinflow_train.engines.base import Span
+from twinflow_train.place import CHUNK
 
 BLOCK = 1 << 28
 """Bytes of host memory that are asked for at once; pinned memory comes in powers of two."""

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from twinflow_train.checkpoint.place import Place
 from twinflow_train.checkpoint.ranges import DamageError, Piece, RangeFile
 from twinflow_train.errors import UserError, listed
+from twinflow_train.place import Place
 
 VERSION = 1
 SEAL = "COMPLETE"

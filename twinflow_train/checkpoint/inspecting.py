@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinflow_train.checkpoint.index import INDEX, SEAL, Index, damage
-from twinflow_train.checkpoint.place import Place, cause, readable
 from twinflow_train.checkpoint.ranges import DamageError
 from twinflow_train.checkpoint.saving import PARTIAL, step_of
 from twinflow_train.errors import UserError
+from twinflow_train.place import Place, cause, readable
 
 SIZES = {"torch.float64": 8, "torch.int64": 8, "torch.float32": 4, "torch.int32": 4}
 """Bytes of a number of a type; of those that are not here, two or one."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinflow_train.checkpoint.place import CHUNK, Place, Reader
+from twinflow_train.place import CHUNK, Place, Reader
 
 LONGEST_HEADER = 100_000_000
 """Bytes; what the library refuses too."""

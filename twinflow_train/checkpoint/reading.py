@@ -11,10 +11,10 @@ from torch import Tensor
 
 from twinflow_train.checkpoint.index import Index
 from twinflow_train.checkpoint.inspecting import find
-from twinflow_train.checkpoint.place import cause
 from twinflow_train.checkpoint.ranges import DamageError, RangeFile
 from twinflow_train.checkpoint.saving import PARTIAL, step_of
 from twinflow_train.errors import UserError
+from twinflow_train.place import cause
 
 
 def choose(where: str, *, step: int | None) -> Index:

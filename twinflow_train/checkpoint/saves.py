@@ -20,12 +20,12 @@ from typing import Any, Protocol, Self
 
 from twinflow_train.checkpoint.copying import HostCopy, key_of
 from twinflow_train.checkpoint.index import Index, damage, refuse_other_model, refuse_other_run
-from twinflow_train.checkpoint.place import Place, cause, readable
 from twinflow_train.checkpoint.ranges import DamageError, RangeFile
 from twinflow_train.checkpoint.saving import PARTIAL, Keep, Save, step_of
 from twinflow_train.dist import World
 from twinflow_train.engines.base import Span
 from twinflow_train.errors import UserError
+from twinflow_train.place import Place, cause, readable
 
 log = logging.getLogger(__name__)
 

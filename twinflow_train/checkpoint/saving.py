@@ -13,8 +13,8 @@ from typing import Any
 
 from twinflow_train.checkpoint.copying import HostCopy
 from twinflow_train.checkpoint.index import SEAL, build, reported, seal
-from twinflow_train.checkpoint.place import Place, cause
 from twinflow_train.dist import World
+from twinflow_train.place import Place, cause
 
 PARTIAL = ".partial"
 NAME = re.compile(r"step-(\d{8,})(?:\.partial)?")

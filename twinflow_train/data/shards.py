@@ -1,103 +1,80 @@
-"""Shards: folders of samples whose latents and text embeddings were computed beforehand.
-
-Format version 1. A folder holds WebDataset tars `000000.tar`, ..., the null prompt's embedding
-`null.safetensors` (tensor `text.0`) and `manifest.json`. In a tar each sample has two members:
-`KEY.safetensors` with `latent` (C, H, W) and one unpadded `text.N` (tokens, width) for each
-caption, and `KEY.json` with `captions` and free fields. Nothing is ever unpickled.
-"""
+"""Sets of shards, read sample by sample in any order (the format: see `data.writing`)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import mmap
-import os
-import re
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate, chain, islice
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import safetensors.torch
-from jaxtyping import Float
 from safetensors import SafetensorError
-from torch import Tensor
-from webdataset import TarWriter
 
 from twinflow_train.batch import Condition
-from twinflow_train.data.manifest import VERSION, About, Form, Manifest, ShardFile
+from twinflow_train.data.manifest import NULL, LatentShape, Manifest, ShardFile
+from twinflow_train.data.ranges import Bytes, Cache, Fetched, Mapped, persistently
+from twinflow_train.data.sample import KEY, Sample, member_fault, parse
 from twinflow_train.errors import UserError
-from twinflow_train.files import sha256, whole_folder
+from twinflow_train.place import Place, cause
 
-KEY = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)
-"""Keys become file names: no dot, since WebDataset ends a key there, and no way out of a folder."""
-LONGEST_KEY = 80
 _REPAIR = "copy the file again or build the set again"
 
 
-@dataclass(kw_only=True)
-class Sample:
-    """One image and its captions; a sample that was read has one caption, the chosen one.
+class DataError(UserError):
+    """A sample that cannot be used; the message names its shard, its key and the cause."""
 
-    key: name in the data set; it becomes the names of the tar's members.
-    latent: clean latent in the model's normalisation.
-    texts: unpadded token embeddings, one for each caption.
-    fields: anything else that JSON can hold, for example `label`.
-    """
+
+class Entry(NamedTuple):
+    """Where a sample lies in its tar: begin and size of both members; tokens of each caption."""
 
     key: str
-    latent: Float[Tensor, "*chw"]
-    texts: Sequence[Float[Tensor, "_ width"]]
-    captions: Sequence[str]
-    fields: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not self.texts or len(self.texts) != len(self.captions):
-            raise UserError(
-                f"sample {self.key}: {len(self.captions)} captions, {len(self.texts)} embeddings"
-            )
-
-    @property
-    def text(self) -> Float[Tensor, "tokens width"]:
-        """Return the first caption's token embedding."""
-        return self.texts[0]
-
-    @property
-    def caption(self) -> str:
-        """Return the first caption."""
-        return self.captions[0]
+    tensors_at: int
+    tensors_size: int
+    fields_at: int
+    fields_size: int
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OpenShard:
-    """A mapped tar and where each member's bytes lie in it; keys are in the tar's order."""
+class _Open:
+    """An open shard."""
 
-    data: mmap.mmap
-    keys: tuple[str, ...]
-    places: Mapping[str, slice]
+    data: Bytes
+    entries: tuple[Entry, ...]
 
 
 class ShardSet:
-    """A folder of shards, read sample by sample in any order; safe to read from several threads.
+    """A set of shards in a folder or behind a URL; safe to read from several threads.
 
-    folder, option: the folder and the config key that named it, for messages.
-    keep_open: shards whose index and mapping stay open (one file descriptor each).
+    where, option: the place and the config key that named it, for messages.
+    keep_open: shards whose index and file stay open.
+    cache: keeps ranges that were fetched from behind a URL. attempts: at each of them.
     Raises UserError naming the file, and the sample, that cannot be used.
     """
 
     def __init__(
-        self, folder: Path | str, *, option: str = "data.path", keep_open: int = 64
+        self,
+        where: Path | str,
+        *,
+        option: str = "data.path",
+        keep_open: int = 64,
+        cache: Cache | None = None,
+        attempts: int = 5,
     ) -> None:
-        self.folder = Path(folder)
-        self.manifest = Manifest.read(self.folder, option=option)
-        present = set(os.listdir(self.folder))
-        for file in [*(shard.file for shard in self.manifest.shards), "null.safetensors"]:
-            if file not in present:
-                raise UserError(f"{self.folder / file} is missing; {_REPAIR}")
+        self.place = Place.of(where)
+        self.cache, self.attempts = cache, attempts
+        self.manifest = Manifest.read(self.place, option=option)
+        if self.place.local:
+            present = set(self.place.names())
+            shards = self.manifest.shards
+            for file in [*(shard.file for shard in shards), *(s.index for s in shards), NULL]:
+                if file not in present:
+                    raise UserError(f"{self.place / file} is missing; {_REPAIR}")
         self.counts = tuple(shard.samples for shard in self.manifest.shards)
         self._ends = tuple(accumulate(self.counts))
         self._opened = lru_cache(maxsize=keep_open)(self._open)
@@ -105,200 +82,173 @@ class ShardSet:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    @property
+    def folder(self) -> Path:
+        """The folder of a set on a disk."""
+        return Path(self.place.path)
+
     @cached_property
     def null(self) -> Condition:
-        """The null prompt as a float32 condition of one row."""
-        path = self.folder / "null.safetensors"
+        """The null prompt as a condition of one row, in the type it is stored in."""
+        place = self.place / NULL
         try:
-            return Condition.pad([safetensors.torch.load_file(path)["text.0"].float()])
+            found = persistently(place.read, place, self.attempts)
+            self._compare(place, found, self.manifest.null_sha256)
+            return Condition.pad([safetensors.torch.load(found)["text.0"]])
+        except OSError as error:
+            raise UserError(f"{place} cannot be read: {cause(error)}; {_REPAIR}") from error
         except (SafetensorError, KeyError) as error:
             raise UserError(
-                f"{path}: not a null prompt ({error!r}); build the set again"
+                f"{place}: not a null prompt ({error!r}); build the set again"
             ) from error
+
+    @property
+    def latent_shape(self) -> LatentShape:
+        """The one shape (C, H, W) of all latents; UserError if there are several."""
+        shapes = list(self.manifest.buckets)
+        if len(shapes) > 1:
+            raise UserError(
+                f"{self.place}: has latents of {len(shapes)} shapes, such as {shapes[0]} and "
+                f"{shapes[1]}, where one is wanted: prepare a set of one resolution"
+            )
+        return shapes[0]
+
+    def start(self, number: int) -> int:
+        """Return the index of a shard's first sample."""
+        return self._ends[number] - self.counts[number]
+
+    def split(self, index: int) -> tuple[int, int]:
+        """Return the shard's number and the sample's place in it; IndexError outside the set."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)} in {self.place}")
+        number = bisect_right(self._ends, index)
+        return number, index - self.start(number)
+
+    def entry(self, index: int) -> Entry:
+        """Return what the shard's index says of a sample."""
+        number, row = self.split(index)
+        return self._opened(number).entries[row]
 
     def read(self, index: int, *, caption: int = 0) -> Sample:
-        """Read sample `index`, showing only caption number `caption` modulo its captions."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)} in {self.folder}")
-        number = bisect_right(self._ends, index)
-        shard = self._opened(number)
-        key = shard.keys[index - (self._ends[number] - self.counts[number])]
-        path = self.folder / self.manifest.shards[number].file
+        """Read sample `index`, showing only caption number `caption` modulo its captions.
+
+        Raises:
+            DataError: it cannot be used.
+        """
+        number, row = self.split(index)
+        shard, file = self._opened(number), self.manifest.shards[number]
+        entry = shard.entries[row]
+        begin = min(entry.tensors_at, entry.fields_at)
+        end = max(entry.tensors_at + entry.tensors_size, entry.fields_at + entry.fields_size)
+        where = f"{self.place / file.file}: sample {entry.key}"
         try:
-            tensors = safetensors.torch.load(shard.data[shard.places[f"{key}.safetensors"]])
-            said: dict[str, Any] = json.loads(shard.data[shard.places[f"{key}.json"]])
-            captions: list[str] = said.pop("captions")
-            chosen = caption % len(captions)
-            sample = Sample(
-                key=key,
-                latent=tensors["latent"],
-                texts=(tensors[f"text.{chosen}"],),
-                captions=(captions[chosen],),
-                fields=said,
+            data = shard.data.part(begin, end)
+            tensors = data[entry.tensors_at - begin :][: entry.tensors_size]
+            fields = data[entry.fields_at - begin :][: entry.fields_size]
+            return parse(
+                entry.key,
+                tensors,
+                fields,
+                caption=caption,
+                form=self.manifest.form,
+                latent_shape=file.latent_shape,
             )
-        except (SafetensorError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise UserError(
-                f"{path}: sample {key} cannot be read ({error!r}); {_REPAIR}"
-            ) from error
-        if fault := _fault(sample, self.manifest.form):
-            raise UserError(f"{path}: sample {key}: {fault}; {_REPAIR}")
-        return sample
+        except OSError as error:
+            raise DataError(f"{where} cannot be read: {cause(error)}; {_REPAIR}") from error
+        except ValueError as error:
+            raise DataError(f"{where} cannot be read: {error}; {_REPAIR}") from error
 
     def verify(self) -> None:
-        """Compare every file with its checksum, reading the whole set."""
-        sums = {shard.file: shard.sha256 for shard in self.manifest.shards}
-        for file, expected in (sums | {"null.safetensors": self.manifest.null_sha256}).items():
-            path = self.folder / file
-            if (found := sha256(path)) != expected:
-                raise UserError(
-                    f"{path}: SHA-256 is {found}, the manifest says {expected}; {_REPAIR}"
-                )
+        """Compare every file with its checksum and every tar with its index, reading the whole set.
 
-    def _open(self, number: int) -> _OpenShard:
-        """Map a shard and find its samples."""
-        entry = self.manifest.shards[number]
-        path = self.folder / entry.file
+        Raises:
+            UserError: names the first file that is not as it should be.
+        """
+        self.null  # noqa: B018 - compared as it is read
+        for number, shard in enumerate(self.manifest.shards):
+            place = self.place / shard.file
+            try:
+                if (found := place.sha256()) != shard.sha256:
+                    raise UserError(_unlike(place, found, shard.sha256))
+                members = _members(place)
+            except OSError as error:
+                raise UserError(f"{place}: {cause(error)}; {_REPAIR}") from error
+            wanted = [
+                member
+                for e in self._opened(number).entries
+                for member in (
+                    (f"{e.key}.safetensors", e.tensors_at, e.tensors_size),
+                    (f"{e.key}.json", e.fields_at, e.fields_size),
+                )
+            ]
+            if sorted(members) != sorted(wanted):
+                raise UserError(f"{place}: is not what {shard.index} says; build the set again")
+
+    def _open(self, number: int) -> _Open:
+        """Open a shard and read its index."""
+        shard = self.manifest.shards[number]
+        place, index = self.place / shard.file, self.place / shard.index
         try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != entry.bytes:
-                    raise UserError(
-                        f"{path}: has {size} bytes, the manifest says {entry.bytes}; {_REPAIR}"
-                    )
-                places = _index(file, path)
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            text = persistently(index.read, index, self.attempts)
+            self._compare(index, text, shard.index_sha256)
+            return _Open(data=self._bytes(place, shard), entries=_entries(text, shard, index))
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; {_REPAIR}") from error
-        except tarfile.TarError as error:
-            raise UserError(f"{path}: not a whole tar ({error}); {_REPAIR}") from error
-        keys = tuple(dict.fromkeys(name.rpartition(".")[0] for name in places))
-        for name in (f"{key}.{suffix}" for key in keys for suffix in ("safetensors", "json")):
-            if name not in places:
-                raise UserError(f"{path}: member {name} is missing; {_REPAIR}")
-        if len(keys) != entry.samples:
-            raise UserError(
-                f"{path}: has {len(keys)} samples, the manifest says {entry.samples}; {_REPAIR}"
+            raise DataError(f"{place}: {cause(error)}; {_REPAIR}") from error
+
+    def _bytes(self, place: Place, shard: ShardFile) -> Bytes:
+        if not place.local:
+            return Fetched(place=place, cache=self.cache, attempts=self.attempts)
+        mapped = Mapped(Path(place.path))
+        if mapped.size != shard.bytes:
+            raise DataError(
+                f"{place}: has {mapped.size} bytes, the manifest says {shard.bytes}; {_REPAIR}"
             )
-        return _OpenShard(data=data, keys=keys, places=places)
+        return mapped
+
+    @staticmethod
+    def _compare(place: Place, found: bytes, expected: str) -> None:
+        if (digest := hashlib.sha256(found).hexdigest()) != expected:
+            raise DataError(_unlike(place, digest, expected))
 
 
-def write_shards(
-    folder: Path | str,
-    samples: Iterable[Sample],
-    *,
-    null: Float[Tensor, "tokens width"],
-    about: About,
-    samples_per_shard: int = 500,
-    overwrite: bool = False,
-) -> ShardSet:
-    """Write samples as a folder of shards, whole or not at all, and open it.
+def _unlike(place: Place, found: str, expected: str) -> str:
+    return f"{place}: SHA-256 is {found}, the manifest says {expected}; {_REPAIR}"
 
-    The same samples give the same bytes. `null` is the null prompt's token embedding.
-    Raises UserError if the folder exists (unless `overwrite`), and naming a sample that is not
-    finite or not like the first one, or whose key cannot be a file name.
-    """
-    folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise UserError(f"{folder} exists already; remove it or choose another folder")
-    first = next(stream := iter(samples), None)
-    if first is None:
-        raise UserError(f"{folder}: there are no samples to write")
-    form, rest = _form(first), chain([first], stream)
-    with whole_folder(folder) as building:
-        shards: list[ShardFile] = []
-        while part := list(islice(rest, samples_per_shard)):
-            shards.append(_write_tar(building / f"{len(shards):06d}.tar", part, form))
-        # Not save_file, whose files only their owner may read.
-        null_bytes = safetensors.torch.save({"text.0": null.contiguous()})
-        (building / "null.safetensors").write_bytes(null_bytes)
-        manifest = Manifest(
-            version=VERSION,
-            about=about,
-            form=form,
-            null_sha256=hashlib.sha256(null_bytes).hexdigest(),
-            shards=tuple(shards),
+
+def _entries(text: bytes, shard: ShardFile, place: Place) -> tuple[Entry, ...]:
+    """Parse an index; DataError if it is none, or leads out of its shard."""
+    try:
+        found = tuple(_entry(row, shard) for row in json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{place}: not an index ({error}); build the set again") from error
+    if len(found) != shard.samples:
+        raise DataError(
+            f"{place}: not an index of {shard.file}: it has {len(found)} samples, the manifest "
+            f"says {shard.samples}; build the set again"
         )
-        (building / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1) + "\n")
-    return ShardSet(folder)
+    return found
 
 
-def _write_tar(path: Path, samples: Sequence[Sample], form: Form) -> ShardFile:
-    """Write one shard; samples are checked here, so that a bad one never gets into a set."""
-    keys = [sample.key for sample in samples]
-    if len(set(keys)) < len(keys):
-        raise UserError(f"{path.name}: two samples have the same key")
-    # An open file, because webdataset would run a path such as "pipe:..." as a command.
-    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
-        for sample in samples:
-            if fault := _fault_to_write(sample, form):
-                raise UserError(f"sample {sample.key}: {fault}")
-            tensors = {f"text.{n}": text.contiguous() for n, text in enumerate(sample.texts)}
-            tensors["latent"] = sample.latent.contiguous()
-            said = {**sample.fields, "captions": list(sample.captions)}
-            tar.write(
-                {
-                    "__key__": sample.key,
-                    "safetensors": safetensors.torch.save(tensors),
-                    "json": json.dumps(said, sort_keys=True, allow_nan=False).encode(),
-                }
-            )
-    return ShardFile(
-        file=path.name, samples=len(samples), bytes=path.stat().st_size, sha256=sha256(path)
-    )
+def _entry(row: Any, shard: ShardFile) -> Entry:
+    """Make an entry of a row of an index; TypeError or ValueError if it is none."""
+    key, *places, tokens = row
+    fine = all(type(number) is int and number > 0 for number in (*places, *tokens)) and tokens
+    tensors_at, tensors_size, fields_at, fields_size = places
+    inside = fine and max(tensors_at + tensors_size, fields_at + fields_size) <= shard.bytes
+    if not inside or not KEY.fullmatch(key):
+        raise ValueError(f"it has {row!r:.200}")
+    return Entry(key, tensors_at, tensors_size, fields_at, fields_size, tuple(tokens))
 
 
-def _fault_to_write(sample: Sample, form: Form) -> str:
-    """Say what forbids writing a sample; empty if nothing does."""
-    if not KEY.fullmatch(sample.key) or len(sample.key) > LONGEST_KEY:
-        return f"a key must match {KEY.pattern} and have at most {LONGEST_KEY} characters"
-    if "captions" in sample.fields:
-        return "`captions` cannot be a free field"
-    for text in sample.texts:
-        if fault := _fault(replace(sample, texts=(text,), captions=("",)), form):
-            return fault
-        if not bool(text.isfinite().all()):
-            return "a text embedding is not finite"
-    return ""
-
-
-def _fault(sample: Sample, form: Form) -> str:
-    """Say what makes a sample with one caption unusable; empty if nothing does."""
-    if sample.text.ndim != 2 or len(sample.text) == 0:
-        return f"a text embedding has shape {tuple(sample.text.shape)}, not (tokens, width)"
-    if (found := _form(sample)) != form:
-        return f"is {found}, the others are {form}"
-    if not bool(sample.latent.isfinite().all()):
-        return "the latent is not finite"
-    return ""
-
-
-def _form(sample: Sample) -> Form:
-    """Describe a sample's latent and first text."""
-    return Form(
-        latent_shape=tuple(sample.latent.shape),
-        latent_dtype=str(sample.latent.dtype).removeprefix("torch."),
-        text_width=sample.text.shape[-1],
-        text_dtype=str(sample.text.dtype).removeprefix("torch."),
-    )
-
-
-def _index(file: BinaryIO, path: Path) -> dict[str, slice]:
-    """Find the bytes of each member of a tar; refuse names and kinds that no shard has."""
-    places = {}
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            if _unsafe(member.name) or not member.isreg():
-                raise UserError(
-                    f"{path}: member {member.name!r} is not a plain file inside the tar"
-                )
-            if PurePosixPath(member.name).suffix not in (".safetensors", ".json"):
-                raise UserError(
-                    f"{path}: member {member.name!r}: only .safetensors and .json are read"
-                )
-            places[member.name] = slice(member.offset_data, member.offset_data + member.size)
-    return places
-
-
-def _unsafe(name: str) -> bool:
-    """Tell whether a member's name could leave the folder that a tar is unpacked in."""
-    return "\\" in name or any(part in ("", ".", "..") for part in name.split("/"))
+def _members(place: Place) -> list[tuple[str, int, int]]:
+    """List name, begin and size of a tar's members; refuse names and kinds that no shard has."""
+    found = []
+    try:
+        with place.driver.open(place.path, "rb") as file, tarfile.open(fileobj=file) as tar:
+            for member in tar:
+                if fault := member_fault(member.name, regular=member.isreg()):
+                    raise UserError(f"{place}: {fault}")
+                found.append((member.name, member.offset_data, member.size))
+    except tarfile.TarError as error:
+        raise UserError(f"{place}: not a whole tar ({error}); {_REPAIR}") from error
+    return found

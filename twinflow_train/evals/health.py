@@ -54,7 +54,7 @@ class Health:
     def _squares(self, heldout: ShardSet, world: World, rows: list[int], *, seed: int) -> Tensor:
         """Return each row's mean squares, numerators and then denominators, (rows, 6)."""
         found = [heldout.read(row % len(heldout)) for row in rows]
-        data = torch.stack([sample.latent.float() for sample in found]).to(world.device)
+        data = torch.stack([sample.image.float() for sample in found]).to(world.device)
         cond = Condition.pad([sample.text.float() for sample in found]).to(world.device)
         z = _draw("health", data, rows, seed).to(world.device)
         # The student's passes are one call each: every rank makes them alike.

@@ -41,7 +41,7 @@ def _losses(
 ) -> Float[Tensor, " b"]:
     """Return each row's mean square, in float32 on the world's device."""
     found = [heldout.read(row % len(heldout)) for row in rows]
-    data = torch.stack([sample.latent.float() for sample in found])
+    data = torch.stack([sample.image.float() for sample in found])
     noise = torch.stack(
         [torch.randn(data.shape[1:], generator=generator("heldout", seed, row)) for row in rows]
     )

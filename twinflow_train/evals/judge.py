@@ -118,7 +118,7 @@ def labelled(shards: ShardSet) -> tuple[Float[Tensor, "n 1 28 28"], Int[Tensor, 
     if missing := [sample.key for sample in samples if "label" not in sample.fields]:
         raise UserError(f"{shards.folder}: sample {missing[0]} has no field `label` to judge it by")
     labels = [int(sample.fields["label"]) for sample in samples]
-    return torch.stack([sample.latent.float() for sample in samples]), torch.tensor(labels)
+    return torch.stack([sample.image.float() for sample in samples]), torch.tensor(labels)
 
 
 def _initialised() -> Judge:

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twinflow_train.batch import Condition, Velocity
-from twinflow_train.data.shards import Sample, ShardSet
+from twinflow_train.data.sample import Sample
+from twinflow_train.data.shards import ShardSet
 from twinflow_train.dist import World
 from twinflow_train.errors import UserError
 from twinflow_train.evals import metrics
@@ -95,7 +96,7 @@ class Digits(Evals):
     def check(self, heldout: ShardSet) -> None:
         """Refuse a missing judge and images that it cannot judge: UserError."""
         Judge.load(self.judge)
-        shape = heldout.manifest.form.latent_shape
+        shape = heldout.latent_shape
         if shape != (1, 28, 28):
             raise UserError(
                 f"evals=digits judges images of shape (1, 28, 28), the data have {shape}"

@@ -66,7 +66,7 @@ def _card(
     summary: Mapping[str, Any],
 ) -> Iterator[str]:
     """Yield the card's lines."""
-    config, about = manifest["config"], manifest.get("data", {})
+    config, about = manifest["config"], manifest["data"]
     tags = "flow-matching" if _many(manifest) else "twinflow, few-step"
     yield from ["---", f'license: "{FILL_IN}"', "library_name: diffusers"]
     yield from ["pipeline_tag: text-to-image", f"tags: [{tags}]", "---", ""]
@@ -79,8 +79,12 @@ def _card(
     )
     yield from ["", "## How it was made", ""]
     yield f"- start: {_public(config['init_from']) if config['init_from'] else 'random weights'}"
-    yield f"- data: {_public(config['data']['path'])}"
-    yield from (f"- {name.replace('_', ' ')} of the data: {value}" for name, value in about.items())
+    mixed = [part["path"] for part in config["data"].get("mix", [])]
+    yield f"- data: {', '.join(map(_public, (config['data']['path'], *mixed)))}"
+    for each in about:
+        yield from (
+            f"- {name.replace('_', ' ')} of the data: {value}" for name, value in each.items()
+        )
     yield f"- batch {config['batch']}, {config['optim']['_type']}, {_settings(config['optim'])}"
     yield f"- objective {config['objective']['_type']}: {_settings(config['objective'])}"
     yield f"- seed {config['seed']}, code {manifest['commit'] or 'not from a checkout'}"

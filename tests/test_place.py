@@ -13,9 +13,9 @@ from tests.checkpoint.tools import ALONE, Plainly
 from tests.helpers import spawn
 from twinflow_train.checkpoint import refuse_unusable
 from twinflow_train.checkpoint.inspecting import look
-from twinflow_train.checkpoint.place import Place, cause
 from twinflow_train.dist import World
 from twinflow_train.errors import UserError
+from twinflow_train.place import Place, cause
 
 SHA_OF_ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
