@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.process import BaseProcess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import TCPStore
 
-from tests import spawned
+from tests.forking import Forked, Server
+from tests.spawned import ERROR, RESULT, TASK
+
+GRACE_SECONDS = 10
+"""How long processes that were killed may take to be gone."""
 
 
 class RankError(Exception):
@@ -29,12 +33,10 @@ def spawn(
 
     function must stand at the top of a module, so that the processes can import it. Each process
     has one thread, no GPU and this process's environment. Results may hold tensors. The first rank
-    that fails, and any that does not end in time, is a RankError; the others are killed.
+    that fails, and any that does not end in time, is a RankError; the others are killed. Nothing
+    here waits longer than the deadline and GRACE_SECONDS, whatever the processes do.
     """
-    # The server imports torch once, each process is a cheap copy of it; this process is never
-    # copied, because its threads would not survive that.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor"])
+    deadline = time.monotonic() + timeout_seconds
     # The store lives here as it does in torchrun's agent, so no free port has to be guessed.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = dict(os.environ) | {
@@ -45,38 +47,60 @@ def spawn(
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    task = pickle.dumps((function, args))
-    with tempfile.TemporaryDirectory() as folder:
-        processes = []
-        for rank in range(ranks):
-            env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(
-                context.Process(target=spawned.rank, args=(Path(folder), env, task), daemon=True)
-            )
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        top, server = Path(name), _server()
+        task = pickle.dumps((function, args))
+        (top / TASK).write_bytes(pickle.dumps((shared, os.getcwd(), task)))
+        processes = [Forked(folder=top / str(rank)) for rank in range(ranks)]
         try:
             for process in processes:
-                process.start()
-            _wait(processes, Path(folder), timeout_seconds)
+                server.fork(process.folder)
+            _wait(processes, server, deadline, timeout_seconds)
         finally:
-            for process in processes:
-                if process.pid is not None:
-                    process.kill()
-                    process.join()
-        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(ranks)]
+            _end(processes, server)
+        return [torch.load(p.folder / RESULT, weights_only=False) for p in processes]
 
 
-def _wait(processes: Sequence[BaseProcess], folder: Path, timeout_seconds: float) -> None:
+@cache
+def _server() -> Server:
+    """Start the server that forks ranks: it imports torch once."""
+    return Server("tests.spawned", env=dict(os.environ) | {"OMP_NUM_THREADS": "1"})
+
+
+def _wait(
+    processes: Sequence[Forked], server: Server, deadline: float, timeout_seconds: float
+) -> None:
     """Return when all have ended well; raise when one failed or time is up."""
-    deadline = time.monotonic() + timeout_seconds
-    while any(process.exitcode != 0 for process in processes):
-        errors = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
-        if errors:
-            raise RankError(f"rank {errors[0].stem} failed:\n{errors[0].read_text()}")
-        for rank, process in enumerate(processes):
-            if process.exitcode:
-                raise RankError(f"rank {rank} ended with exit code {process.exitcode}")
+    while True:
+        ended = [process.code for process in processes]
+        if ended == [0] * len(processes):
+            return
+        # Who failed has written its error before it ended.
+        failed = [process for process in processes if (process.folder / ERROR).exists()]
+        if failed:
+            first = min(failed, key=lambda p: (p.folder / ERROR).stat().st_mtime_ns)
+            said = (first.folder / ERROR).read_text()
+            raise RankError(f"rank {first.folder.name} failed:\n{said}")
+        for rank, code in enumerate(ended):
+            if code:
+                raise RankError(f"rank {rank} ended with exit code {code}")
+        if not server.alive:
+            raise RankError("the server that forks ranks has ended")
         if time.monotonic() > deadline:
-            stuck = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+            stuck = [rank for rank, code in enumerate(ended) if code is None]
             raise RankError(f"ranks {stuck} did not end in {timeout_seconds:g} seconds")
-        processes[0].join(0.02)
         time.sleep(0.01)
+
+
+def _end(processes: Sequence[Forked], server: Server) -> None:
+    """Kill what still runs; if that does not help, the server too, with all that it forked."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while any(process.alive for process in processes):
+        if time.monotonic() > deadline or not server.alive:
+            server.stop()
+            _server.cache_clear()
+            return
+        for process in processes:
+            if process.began:
+                process.send(signal.SIGKILL)
+        time.sleep(0.005)

@@ -1,20 +1,17 @@
 """The training program as its users meet it: real processes, command lines and exit codes.
 
-A server that has imported everything forks itself for each process, so that a start takes a tenth
-of a second instead of seven seconds.
+They are forks of a server that has imported everything, so that a start takes a tenth of a second
+instead of seven seconds.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import runpy
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +20,9 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
+from tests.forking import Forked, Server, await_file, fork_on_request
+
 MODULE = "twinflow_train.train"
-TOP = Path(__file__).parent.parent
 _RATE = re.compile(r"[\d?](step/s|s/step)\b")
 
 
@@ -53,30 +51,13 @@ def refused(ended: Ended, *words: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Running:
-    """A process that was started; its files stand in `folder`."""
-
-    folder: Path
-
-    @property
-    def pid(self) -> int:
-        """Return the process's id."""
-        return int(_await(self.folder / "pid", 60))
-
-    @property
-    def alive(self) -> bool:
-        """Tell whether it has not ended."""
-        return not (self.folder / "code").exists()
-
-    def send(self, number: signal.Signals) -> None:
-        """Send a signal, if it still lives."""
-        if self.alive:
-            os.kill(self.pid, number)
+class Running(Forked):
+    """A process that was started."""
 
     def wait(self, timeout_seconds: float = 180) -> Ended:
         """Wait for the end; a process that does not come to it is killed, and fails the test."""
         try:
-            code = int(_await(self.folder / "code", timeout_seconds))
+            code = int(await_file(self.folder / "code", timeout_seconds))
         except TimeoutError:
             self.send(signal.SIGKILL)
             raise
@@ -89,18 +70,14 @@ class Running:
 class Program:
     """Starts the program in `cwd`; its processes' files stand in `scratch`."""
 
-    def __init__(self, server: subprocess.Popen[str], *, scratch: Path, cwd: Path) -> None:
+    def __init__(self, server: Server, *, scratch: Path, cwd: Path) -> None:
         self._server, self._scratch, self._cwd = server, scratch, cwd
         self._numbers = count()
 
     def start(self, *words: str, env: Mapping[str, str] | None = None) -> Running:
         """Start one process with a command line."""
         folder = self._scratch / f"{next(self._numbers):04d}"
-        folder.mkdir()
-        request = {"words": words, "env": dict(env or {}), "cwd": str(self._cwd)}
-        assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps(request | {"folder": str(folder)}) + "\n")
-        self._server.stdin.flush()
+        self._server.fork(folder, words=words, env=dict(env or {}), cwd=str(self._cwd))
         return Running(folder=folder)
 
     def run(self, *words: str, env: Mapping[str, str] | None = None) -> Ended:
@@ -135,37 +112,24 @@ class Program:
 
 
 def serve(*, scratch: Path, cwd: Path) -> Program:
-    """Start a server; it ends with this process, whose end closes its input."""
+    """Start a server of programs."""
     quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
     torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     inherited = {key: value for key, value in os.environ.items() if key not in torchrun}
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).resolve())],
-        stdin=subprocess.PIPE,
-        text=True,
-        cwd=TOP,
-        env=inherited | quiet,
-    )
-    return Program(server, scratch=scratch, cwd=cwd)
+    return Program(Server("tests.program", env=inherited | quiet), scratch=scratch, cwd=cwd)
 
 
-def _await(path: Path, timeout_seconds: float) -> str:
-    deadline = time.monotonic() + timeout_seconds
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{path.name} of {path.parent} did not come")
-        time.sleep(0.002)
-    return path.read_text()
+def _become(*, folder: str, words: Sequence[str], env: dict[str, str], cwd: str) -> None:
+    """Be `python -m twinflow_train.train words...`."""
+    for number, name in enumerate(("out", "err"), 1):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT, 0o644), number)
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = [MODULE, *words]
+    runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
 
 
-def _put(path: Path, text: str) -> None:
-    partial = path.with_suffix(".tmp")
-    partial.write_text(text)
-    partial.rename(path)
-
-
-def _serve() -> None:
-    """Fork a keeper for every request on stdin, which forks the process and tells how it ended."""
+if __name__ == "__main__":
     # Whatever is slow to import; no thread may have started before a fork.
     for name in (
         "diffusers.models.transformers.transformer_qwenimage",
@@ -174,49 +138,4 @@ def _serve() -> None:
         "twinflow_train.loop",
     ):
         importlib.import_module(name)
-
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    for line in sys.stdin:
-        if os.fork() == 0:
-            _keep(**json.loads(line))
-
-
-def _keep(*, words: Sequence[str], env: dict[str, str], cwd: str, folder: str) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    pid = os.fork()
-    if pid == 0:
-        _become(words, env, Path(cwd), Path(folder))
-    _put(Path(folder, "pid"), str(pid))
-    _, status = os.waitpid(pid, 0)
-    _put(Path(folder, "code"), str(os.waitstatus_to_exitcode(status)))
-    os._exit(0)
-
-
-def _become(words: Sequence[str], env: dict[str, str], cwd: Path, folder: Path) -> None:
-    """Be `python -m twinflow_train.train words...`."""
-    for number, name in enumerate(("out", "err"), 1):
-        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o644)
-        os.dup2(file, number)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ.update(env)
-    os.chdir(cwd)
-    sys.argv = [MODULE, *words]
-    code = 1
-    try:
-        runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException as error:  # noqa: BLE001 - does what the interpreter would do
-        sys.excepthook(type(error), error, error.__traceback__)
-        if isinstance(error, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-if __name__ == "__main__":
-    _serve()
+    fork_on_request(_become)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests import typing_hook
+from tests import helpers, typing_hook
 from tests.helpers import RankError, spawn
 from twinflow_train import dist
 from twinflow_train.dist import World
@@ -49,6 +50,17 @@ def rank_one_hangs(world: World) -> None:
 def rank_one_vanishes(world: World) -> None:
     if world.rank == 1:
         os._exit(7)
+    time.sleep(600)
+
+
+def hang(world: World, folder: Path, how: str) -> None:
+    """Hang in a way that is hard to end."""
+    (folder / f"{world.rank}").write_text(str(os.getpid()))
+    if how == "deaf":
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+    if how == "untold":
+        os.kill(os.getppid(), signal.SIGSTOP)  # who is to tell how this process ended
     time.sleep(600)
 
 
@@ -99,6 +111,41 @@ def test_a_hang_is_killed() -> None:
     with pytest.raises(RankError, match=r"1\] did not end in 3 seconds"):
         spawn(rank_one_hangs, 2, timeout_seconds=3)
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("how", ["deaf", "untold"])
+def test_no_hang_outlives_its_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(helpers, "GRACE_SECONDS", 1)
+    spawn(verbs, 1, 0)  # the server is there
+    began = time.monotonic()
+    with pytest.raises(RankError, match=r"ranks \[0, 1\] did not end in 8 seconds"):
+        spawn(hang, 2, tmp_path, how, timeout_seconds=8)
+    assert 8 < time.monotonic() - began < 14
+    pids = {path.name: int(path.read_text()) for path in tmp_path.iterdir()}
+    assert pids.keys() == {"0", "1"}
+    assert not [rank for rank, pid in pids.items() if lives(pid)]
+    assert spawn(verbs, 1, 0)[0]["any"] == (False, False, True)
+
+
+def lives(pid: int) -> bool:
+    """Tell whether there is such a process that is not dead."""
+    stat = Path("/proc", str(pid), "stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
+def test_a_server_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(helpers, "GRACE_SECONDS", 1)
+    spawn(verbs, 1, 0)
+    server = helpers._server()
+    os.kill(server.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(RankError, match=r"ranks \[0\] did not end in 2 seconds"):
+        spawn(verbs, 1, 0, timeout_seconds=2)
+    assert 2 < time.monotonic() - began < 8
+    assert spawn(verbs, 1, 0)[0]["any"] == (False, False, True)
+    assert not server.alive
 
 
 def test_a_vanished_rank_is_noticed() -> None:
