@@ -109,7 +109,8 @@ def beside() -> str:
             command = [*pip, "--retries=1", "--no-deps", f"--target={site}", wanted]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if done.returncode:
-                pytest.skip(f"torchao is not here and cannot be installed: {done.stderr[-500:]}")
+                why = done.stderr.strip().rpartition("\n")[2]
+                pytest.skip(f"torchao is not here and cannot be installed: {why}")
             site.rename(folder)
     return str(folder)
 
