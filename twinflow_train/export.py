@@ -38,9 +38,7 @@ def export(
     """
     manifest = read_manifest(run)
     index = choose(manifest["config"].get("checkpoints") or str(run), step=step)
-    # A teacher that stays as it was is kept as an average too, and is nothing to export.
-    frozen = index.run["objective"]["teacher_decay"] == 1
-    there = [n for n, k in KINDS.items() if k in kinds(index) and not (frozen and n == "ema")]
+    there = [name for name, kind in KINDS.items() if kind in kinds(index)]
     chosen = weights or there[0]
     if chosen not in there:
         raise UserError(f"{index.folder} holds no {chosen} weights; it has: {', '.join(there)}")

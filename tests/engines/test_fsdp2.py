@@ -167,11 +167,11 @@ def teachers(world: World) -> dict[str, Any]:
     }
     kept = Trial.of(1, objective=objective(teacher_decay=1.0))
     engine = kept.shard(world)
-    start = whole(engine, "average")
+    start = whole(engine, "frozen")
     for step in range(2):
         kept.learn(engine, step, world)
     return found | {
-        "kept moved": apart(whole(engine, "average"), start),
+        "kept moved": apart(whole(engine, "frozen"), start),
         "student moved": apart(whole(engine, "model"), start),
         "kept average": dict(engine.averages),
         "kept names": set(engine.networks()),

@@ -228,12 +228,12 @@ def teachers(world: World) -> dict[str, Any]:
     }
     kept = Trial.of(4, engine=zero3(), objective=objective(teacher_decay=1.0))
     sharded = kept.shard(world)
-    start = whole(sharded, "average")
+    start = whole(sharded, "frozen")
     kept.learn(sharded, 0, world)
     return found | {
         "kept is student": sharded.teacher is sharded.student,
         "kept names": set(sharded.networks()),
-        "kept moved": apart(whole(sharded, "average"), start),
+        "kept moved": apart(whole(sharded, "frozen"), start),
         "student moved": apart(whole(sharded, "model"), start),
     }
 

@@ -193,7 +193,8 @@ def refuse_other_model(index: Index, shapes: Mapping[str, Sequence[int]]) -> Non
     said = [f"{len(keys)} tensors {what}: {listed(keys)}" for what, keys in found.items() if keys]
     if said:
         raise UserError(
-            f"{index.folder} is a checkpoint of another model; it has {'; '.join(said)}"
+            f"{index.folder} is a checkpoint of another model, or with another optim= or average=; "
+            f"it has {'; '.join(said)}"
         )
 
 

@@ -253,8 +253,6 @@ class Checkpoints:
                     for part in opened.parts(key, start, start + length):
                         spans[key].local[to : to + len(part)].copy_(part)
                         to += len(part)
-        for span in spans.values():
-            span.commit()
 
 
 def refuse_unusable(folder: str, *, empty: bool, world: World) -> None:

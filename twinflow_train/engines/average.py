@@ -30,8 +30,8 @@ class Averages:
         check("average", self, [("slow", 0 <= self.slow < 1, "in [0, 1)")])
 
     def decays(self, teacher: float) -> dict[str, float]:
-        """Name the networks beside the student and their decays (1: it stays as it was)."""
-        wanted = {"average": teacher, "slow": self.slow}
+        """Name the networks beside the student and their decays; one that is frozen has 1."""
+        wanted = {"frozen" if teacher == 1 else "average": teacher, "slow": self.slow}
         return {kind: decay for kind, decay in wanted.items() if decay > 0}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -31,18 +31,13 @@ class Precision(Enum):
         return torch.float32 if self is Precision.fp32 else torch.bfloat16
 
 
-def nothing() -> None:
-    """Do nothing: `local` is the state itself."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Span:
     """A contiguous part of one named state tensor that this rank holds, as a live flat view.
 
-    kind: "model", "average", "slow" or a moment's (see `Saved`). name: the parameter's name in
-    weight files. shape: of the whole tensor. offset: where the part begins in it, flattened.
+    kind: "model", "average", "slow", "frozen" or a moment's (see `Saved`). name: the parameter's
+    name in weight files. shape: of the whole tensor. offset: where the part begins, flattened.
     mine: whether this rank is the one, among those that hold the same part, that saves it.
-    commit: to be called after `local` was filled, where it is a copy and not the state itself.
     """
 
     kind: str
@@ -51,7 +46,6 @@ class Span:
     offset: int
     local: Tensor
     mine: bool = True
-    commit: Callable[[], None] = nothing
 
 
 class Sharded(Protocol):

@@ -70,8 +70,8 @@ class FSDP2(Engine):
             ).requires_grad_(False)
             for kind in decays
         }
-        if decay == 1:
-            second["average"].keep_own_clock()
+        if "frozen" in second:
+            second["frozen"].keep_own_clock()
         return ShardedFSDP2(student, second, decays=decays, optim=optim, mesh=mesh, world=world)
 
     def _mesh(self, world: World) -> DeviceMesh:
@@ -140,7 +140,7 @@ class ShardedFSDP2:
         self._optimizer = optim.build(self._trained)
         self.updates = 0
         self.student: Velocity = student
-        self.teacher: Velocity = second.get("average", student)
+        self.teacher: Velocity = second.get("frozen") or second.get("average") or student
         self.averages: Mapping[str, Velocity] = {
             kind: net for kind, net in second.items() if decays[kind] < 1
         }

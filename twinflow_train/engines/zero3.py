@@ -81,8 +81,8 @@ class ZeRO3(Engine):
             kind: Network.frozen(self._network(model, world, config), config, average, world)
             for kind in decays
         }
-        if decay == 1:
-            second["average"].net.keep_own_clock()
+        if "frozen" in second:
+            second["frozen"].net.keep_own_clock()
         for network in (student, *second.values()):
             network.fill(weights)
         settle(world)
@@ -311,7 +311,8 @@ class ShardedZeRO3:
         self.updates = 0
         # Through the engine, which counts the micro-steps; the others have none to count.
         self.student: Velocity = student.engine
-        self.teacher: Velocity = second["average"].net if "average" in second else self.student
+        teacher = second.get("frozen") or second.get("average")
+        self.teacher: Velocity = teacher.net if teacher else self.student
         self.averages: Mapping[str, Velocity] = {
             kind: network.net for kind, network in second.items() if decays[kind] < 1
         }
