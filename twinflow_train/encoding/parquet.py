@@ -1,0 +1,141 @@
+"""Parquet files whose rows are a caption and the bytes of a picture's file."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from twinflow_train.encoding.pictures import Size, Unusable, measure
+from twinflow_train.encoding.sources import Content, Files, Reader, Source, Where, some
+from twinflow_train.errors import UserError
+
+SUFFIX = ".parquet"
+KEPT = 2
+"""Row groups in memory: threads that read ahead are at the end of one and the start of the next."""
+
+
+@dataclass(kw_only=True)
+class Parquet(Source):
+    """Rows of Parquet files. text, image: their columns; text is a string or a list of strings."""
+
+    text: str = "text"
+    image: str = "image_bytes"
+
+    def open(self) -> ParquetReader:
+        """Open the files; UserError without pyarrow, or where a column is missing."""
+        files = Files(self.path, (SUFFIX,))
+        return ParquetReader(files, Rows(files.root, {"text": self.text, "image": self.image}))
+
+
+class Rows:
+    """Columns of the Parquet files in a folder, a row group at a time; UserError without pyarrow.
+
+    columns: their names, by the key of the configuration that chose each.
+    """
+
+    def __init__(self, root: Path, columns: dict[str, str]) -> None:
+        try:
+            # Not a fixed dependency: most sources are not Parquet.
+            from pyarrow import ArrowException
+            from pyarrow.parquet import ParquetFile
+        except ModuleNotFoundError as error:
+            raise UserError(
+                "source.path: reading Parquet takes pyarrow: run "
+                "`pip install 'twinflow-train[parquet]'`, or `pip install pyarrow`"
+            ) from error
+        self._open, self._errors = ParquetFile, (ArrowException, OSError)
+        self._root, self._columns = root, columns
+        self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, name: str) -> Iterator[Where]:
+        """Yield (file, number in the file, row group, number in the group) of each row of a file.
+
+        Raises UserError where a column is missing.
+        """
+        number = 0
+        with self._opened(name) as file:
+            for key, column in self._columns.items():
+                if column not in file.schema_arrow.names:
+                    raise UserError(
+                        f"source.{key}: {self._root / name} has no column {column}; it has: "
+                        f"{', '.join(file.schema_arrow.names)}"
+                    )
+            groups = file.metadata.num_row_groups
+            lengths = [file.metadata.row_group(group).num_rows for group in range(groups)]
+        for group, rows in enumerate(lengths):
+            for row in range(rows):
+                yield (name, number, group, row)
+                number += 1
+
+    def row(self, where: Where) -> dict[str, Any]:
+        """Read one row's values, by the keys of the configuration."""
+        name, _, group, row = where
+        with self._lock:
+            table = self._group(str(name), int(group))
+        return {key: table.column(c)[int(row)].as_py() for key, c in self._columns.items()}
+
+    def _group(self, name: str, group: int) -> Any:
+        """Read a row group, or find it among the last that were read."""
+        if (name, group) not in self._groups:
+            with self._opened(name) as file:
+                columns = list(self._columns.values())
+                self._groups[name, group] = file.read_row_group(group, columns=columns)
+        self._groups.move_to_end((name, group))
+        while len(self._groups) > KEPT:
+            self._groups.popitem(last=False)
+        return self._groups[name, group]
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        path = self._root / name
+        try:
+            with self._open(path) as file:
+                yield file
+        except self._errors as error:
+            raise UserError(
+                f"source.path: {path} is not a whole Parquet file ({error}); copy it again"
+            ) from error
+
+
+class ParquetReader(Reader):
+    """Reads rows as pictures with captions."""
+
+    def __init__(self, files: Files, rows: Rows) -> None:
+        self._files, self._rows = files, rows
+
+    def find(self) -> Iterator[Where]:
+        """Yield where each row is."""
+        for name in self._files.names():
+            yield from self._rows.find(name)
+
+    def measure(self, where: Where) -> Size:
+        """Read a picture's size from its header."""
+        return measure(BytesIO(_picture(self._rows.row(where))))
+
+    def read(self, where: Where) -> Content:
+        """Read a row."""
+        row = self._rows.row(where)
+        return Content(captions=captions(row), picture=_picture(row))
+
+
+def captions(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return a row's captions; Unusable if there are none."""
+    text = row["text"]
+    if isinstance(text, str):
+        return some([text])
+    if isinstance(text, list) and all(isinstance(each, str) for each in text):
+        return some(text)
+    raise Unusable(f"its text is {text!r:.40}, neither a string nor a list of strings")
+
+
+def _picture(row: dict[str, Any]) -> bytes:
+    if not isinstance(row["image"], bytes):
+        raise Unusable(f"its image is {row['image']!r:.40}, not the bytes of a file")
+    return row["image"]
