@@ -1,4 +1,4 @@
-"""The training program as its users meet it: real processes, command lines and exit codes.
+"""Programs as their users meet them: real processes, command lines and exit codes.
 
 They are forks of a server that has imported everything, so that a start takes a tenth of a second
 instead of seven seconds.
@@ -23,7 +23,7 @@ from torch.distributed import TCPStore
 from tests.forking import Forked, Server, await_file, fork_on_request
 
 MODULE = "twinflow_train.train"
-_RATE = re.compile(r"[\d?](step/s|s/step)\b")
+_RATE = re.compile(r"[\d?](step|sample|item)/s\b|[\d?]s/(step|sample|item)\b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Ended:
 
     @property
     def errors(self) -> list[str]:
-        """Return the lines on stderr that are not the progress bar's, fast ("step/s") or slow."""
+        """Return the lines on stderr that are not a progress bar's, fast ("step/s") or slow."""
         lines = self.err.replace("\r", "\n").splitlines()
         return [line for line in lines if line.strip() and not _RATE.search(line)]
 
@@ -111,22 +111,24 @@ class Program:
             return [process.wait() for process in processes]
 
 
-def serve(*, scratch: Path, cwd: Path) -> Program:
-    """Start a server of programs."""
+def serve(*, scratch: Path, cwd: Path, server: str = "tests.program") -> Program:
+    """Start a server of programs: a module that forks itself into `become`."""
     quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
     torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     inherited = {key: value for key, value in os.environ.items() if key not in torchrun}
-    return Program(Server("tests.program", env=inherited | quiet), scratch=scratch, cwd=cwd)
+    return Program(Server(server, env=inherited | quiet), scratch=scratch, cwd=cwd)
 
 
-def _become(*, folder: str, words: Sequence[str], env: dict[str, str], cwd: str) -> None:
-    """Be `python -m twinflow_train.train words...`."""
+def become(
+    *, folder: str, words: Sequence[str], env: dict[str, str], cwd: str, module: str = MODULE
+) -> None:
+    """Be `python -m module words...`."""
     for number, name in enumerate(("out", "err"), 1):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT, 0o644), number)
     os.environ.update(env)
     os.chdir(cwd)
-    sys.argv = [MODULE, *words]
-    runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
@@ -138,4 +140,4 @@ if __name__ == "__main__":
         "twinflow_train.loop",
     ):
         importlib.import_module(name)
-    fork_on_request(_become)
+    fork_on_request(become)

@@ -1,4 +1,4 @@
-"""From a command line to a Run; what the user can mend becomes one line and exit code 2."""
+"""From a command line to a Run, say; what the user can mend becomes one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -29,35 +29,48 @@ from twinflow_train.scrub import scrub
 KILLED_BY_HAND = 130
 
 
-def launch(entry: Callable[[Run], int]) -> None:
-    """Turn the command line into a Run, hand it to `entry` and exit with its code."""
+def launch(
+    entry: Callable[[Any], int],
+    *,
+    config: str = "train",
+    register: Callable[[], None] = register,
+) -> None:
+    """Turn the command line into a live object, hand it to `entry` and exit with its code.
+
+    config: of the defaults in conf/. register: tells Hydra the groups.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra shall raise, not print its own report
     register()
 
-    def app(config: DictConfig) -> None:
+    def app(composed: DictConfig) -> None:
         with _one_line(of_all_ranks=True):
-            run = compose(config)
+            job = live(composed)
         with _one_line(of_all_ranks=False):
-            code = entry(run)
+            code = entry(job)
         if code:
             sys.exit(code)
 
     with _one_line(of_all_ranks=True):
         _refuse_deletions()
-        hydra.main(version_base="1.3", config_path=str(_conf()), config_name="train")(app)()
+        hydra.main(version_base="1.3", config_path=str(_conf()), config_name=config)(app)()
 
 
 def compose(config: DictConfig) -> Run:
     """Make the live Run of a composed configuration; UserError names a value that is refused."""
+    run = live(config)
+    assert isinstance(run, Run)
+    return run
+
+
+def live(config: DictConfig) -> Any:
+    """Make the live object of a composed configuration; UserError names a value that is refused."""
     _refuse_unknown(config, "")
     try:
-        run = OmegaConf.to_object(config)
+        return OmegaConf.to_object(config)
     except (UserError, OmegaConfBaseException):
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
-    assert isinstance(run, Run)
-    return run
 
 
 @contextmanager

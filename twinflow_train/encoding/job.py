@@ -1,0 +1,141 @@
+"""A worker's whole story: agree on settings and plan, make shards, and finish what is whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from tqdm import tqdm
+
+from twinflow_train.data.manifest import NULL, Manifest
+from twinflow_train.data.shards import ShardSet
+from twinflow_train.data.writing import write_null
+from twinflow_train.encoding.assembling import assemble
+from twinflow_train.encoding.making import Maker, Record
+from twinflow_train.encoding.plan import PLAN, Plan, Skipped, make_plan
+from twinflow_train.encoding.settings import Preparation, settle
+from twinflow_train.encoding.sources import Reader
+from twinflow_train.encoding.verifying import Verified, verify
+from twinflow_train.encoding.workers import Worker
+from twinflow_train.errors import UserError
+from twinflow_train.models.codec import Codec, PipelineFolder
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a worker did, and what the set is now.
+
+    seconds: spent on making. left: shards that have no record yet. manifest, skipped, verified: of
+    the whole set, once nothing is left.
+    """
+
+    shards: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    left: int = 0
+    manifest: Manifest | None = None
+    skipped: Sequence[Skipped] = ()
+    verified: Verified | None = field(default=None)
+
+
+@dataclass
+class Job:
+    """One worker's part in a preparation; encoders and source are opened when they are needed."""
+
+    settings: Preparation
+    worker: Worker
+
+    def run(self) -> Outcome:
+        """Do this worker's part; UserError for what the user can mend."""
+        settings, keeping = self.settings, self.settings.keeping
+        try:
+            keeping.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"folder: {keeping} cannot be made ({error.strerror})") from error
+        settle(keeping, settings.identity(self._encoders.revision))
+        if not (keeping / PLAN).exists():
+            self._plan()
+        plan = Plan.read(keeping)
+        mine = [n for n in self.worker.share(len(plan)) if not Record.path(keeping, n).exists()]
+        outcome = self._make(plan, mine)
+        outcome.left = sum(not Record.path(keeping, n).exists() for n in range(len(plan)))
+        if not outcome.left:
+            outcome.manifest, outcome.skipped = assemble(settings, self._encoders, len(plan))
+            if settings.verify and (mine or not self.worker.number):
+                outcome.verified = self._verify(plan)
+        return outcome
+
+    @cached_property
+    def _encoders(self) -> PipelineFolder:
+        return self.settings.encoders.find()
+
+    @cached_property
+    def _codec(self) -> Codec:
+        return self.settings.encoders.open(self._encoders, self.worker.device)
+
+    @cached_property
+    def _reader(self) -> Reader:
+        return self.settings.source.open()
+
+    def _plan(self) -> None:
+        make_plan(
+            self.settings.keeping,
+            self._reader,
+            self.settings.images,
+            multiple=self._codec.multiple,
+            samples_per_shard=self.settings.samples_per_shard,
+            loaders=self.settings.loaders,
+            show=self.worker.speaks,
+        )
+
+    def _make(self, plan: Plan, mine: Sequence[int]) -> Outcome:
+        """Make this worker's shards."""
+        if not mine:
+            return Outcome()
+        self._write_null()
+        latents = self.settings.images.open(self._codec, self.settings.model, self.worker.device)
+        total = sum(len(plan.task(number).items) for number in mine)
+        began, samples = time.perf_counter(), 0
+        with (
+            ThreadPoolExecutor(self.settings.loaders) as pool,
+            tqdm(
+                total=total,
+                desc=f"encoding, worker {self.worker.number + 1} of {self.worker.count}",
+                unit="sample",
+                disable=not self.worker.speaks,
+                dynamic_ncols=True,
+            ) as bar,
+        ):
+            maker = Maker(
+                settings=self.settings,
+                reader=self._reader,
+                codec=self._codec,
+                latents=latents,
+                pool=pool,
+                done=bar.update,
+            )
+            for number in mine:
+                record = maker.make(plan.task(number))
+                samples += record.shard.samples if record.shard else 0
+        return Outcome(shards=len(mine), samples=samples, seconds=time.perf_counter() - began)
+
+    def _write_null(self) -> None:
+        """Write the null prompt's embedding, if no other worker has."""
+        folder = Path(self.settings.folder)
+        if not (folder / NULL).exists():
+            null = self._codec.embed([self._codec.null_prompt], at_once=1)[0]
+            write_null(folder, null.to("cpu", self.settings.texts.dtype))
+
+    def _verify(self, plan: Plan) -> Verified:
+        return verify(
+            ShardSet(self.settings.folder, option="folder"),
+            plan,
+            reader=self._reader,
+            codec=self._codec,
+            images=self.settings.images,
+            path=Path(self.settings.folder) / "verify.png",
+        )

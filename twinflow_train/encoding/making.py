@@ -1,0 +1,159 @@
+"""Making one shard: items are read, encoded, written, and put on record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from twinflow_train.data.manifest import Form, ShardFile
+from twinflow_train.data.sample import Sample
+from twinflow_train.data.writing import write_shard
+from twinflow_train.encoding.images import Latents, Ready
+from twinflow_train.encoding.pictures import Unusable
+from twinflow_train.encoding.plan import Skipped, Task, ahead
+from twinflow_train.encoding.settings import Preparation
+from twinflow_train.encoding.sources import Item, Reader
+from twinflow_train.engines.base import Precision
+from twinflow_train.errors import UserError
+from twinflow_train.files import whole_file
+from twinflow_train.models.codec import Codec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What became of a task; its file is written last, so a shard with a record is whole.
+
+    shard: its entry in the manifest, None where every item was left out. form: as in the manifest.
+    """
+
+    shard: ShardFile | None
+    form: Form
+    skipped: tuple[Skipped, ...]
+
+    @staticmethod
+    def path(keeping: Path, number: int) -> Path:
+        """Name the file of a task's record."""
+        return keeping / f"{number:06d}.json"
+
+    @staticmethod
+    def read(keeping: Path, number: int) -> Record:
+        """Read a task's record."""
+        said: dict[str, Any] = json.loads(Record.path(keeping, number).read_text())
+        return Record(
+            shard=None if said["shard"] is None else ShardFile.of(said["shard"]),
+            form=Form(**said["form"]),
+            skipped=tuple(Skipped(**each) for each in said["skipped"]),
+        )
+
+    def write(self, keeping: Path, number: int) -> None:
+        """Write it: the shard is finished."""
+        with whole_file(Record.path(keeping, number)) as unfinished:
+            unfinished.write_text(json.dumps(asdict(self)) + "\n")
+
+
+@dataclass(kw_only=True)
+class Maker:
+    """Makes shards with what is loaded. done: is told of every item that was read."""
+
+    settings: Preparation
+    reader: Reader
+    codec: Codec
+    latents: Latents
+    pool: ThreadPoolExecutor
+    done: Callable[[int], object]
+
+    def make(self, task: Task) -> Record:
+        """Write a task's shard and its record, in this order, and return the record."""
+        samples: list[Sample] = []
+        skipped: list[Skipped] = []
+        read = self._read(task, skipped)
+        while batch := list(islice(read, self.settings.batch)):
+            for ready, sample in zip(batch, self._encoded(batch), strict=True):
+                if _finite(sample):
+                    samples.append(sample)
+                else:
+                    skipped.append(_skip(ready.item, "its encoding is not finite"))
+        kind, shape = form(self.settings, self.codec), self.codec.latent_shape(*task.size)
+        path = Path(self.settings.folder) / f"{task.number:06d}.tar"
+        try:
+            shard = write_shard(path, samples, kind, latent_shape=shape) if samples else None
+            record = Record(shard=shard, form=kind, skipped=tuple(skipped))
+            record.write(self.settings.keeping, task.number)
+        except OSError as error:
+            raise UserError(
+                f"folder: {path} cannot be written ({error.strerror}); make room and start again: "
+                "what is finished stays"
+            ) from error
+        return record
+
+    def _read(self, task: Task, skipped: list[Skipped]) -> Iterator[Ready]:
+        """Yield the items that can be used, and put the others into `skipped`."""
+        images = self.settings.images
+
+        def ready(item: Item) -> Ready | Skipped:
+            try:
+                return images.ready(item, self.reader.read(item.where), task.size)
+            except Unusable as reason:
+                return _skip(item, str(reason))
+
+        depth = self.settings.loaders + self.settings.batch
+        for _, found in ahead(self.pool, ready, task.items, depth):
+            self.done(1)
+            if isinstance(found, Skipped):
+                skipped.append(found)
+            else:
+                yield found
+
+    def _encoded(self, batch: Sequence[Ready]) -> Iterator[Sample]:
+        """Encode items of one size."""
+        captions = [caption for each in batch for caption in each.captions]
+        texts = iter(self.codec.embed(captions, at_once=self.settings.batch))
+        embedded = [list(islice(texts, len(each.captions))) for each in batch]
+        latents = self.latents(batch, [of_item[0] for of_item in embedded])
+        for each, own, latent in zip(batch, embedded, latents, strict=True):
+            original = {} if each.original is None else {"original_size": list(each.original)}
+            yield Sample(
+                key=key_of(each.item.number),
+                latent=None if latent is None else _stored(latent, self.settings.latents),
+                texts=[_stored(text, self.settings.texts) for text in own],
+                captions=each.captions,
+                fields={"source": each.item.name, "size": list(each.size), **original},
+            )
+
+
+def key_of(number: int) -> str:
+    """Name an item's sample."""
+    return f"{number:09d}"
+
+
+def form(settings: Preparation, codec: Codec) -> Form:
+    """Say what all samples of a set have in common."""
+    return Form(
+        latent_dtype=_name(settings.latents) if settings.images.latents else "none",
+        text_width=codec.text_width,
+        text_dtype=_name(settings.texts),
+    )
+
+
+def _name(precision: Precision) -> str:
+    return str(precision.dtype).removeprefix("torch.")
+
+
+def _stored(tensor: Tensor, precision: Precision) -> Tensor:
+    return tensor.to("cpu", precision.dtype)
+
+
+def _finite(sample: Sample) -> bool:
+    tensors = [*sample.texts, *([] if sample.latent is None else [sample.latent])]
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _skip(item: Item, reason: str) -> Skipped:
+    return Skipped(number=item.number, name=item.name, reason=reason)
