@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 TOP = Path(__file__).parent.parent
-SCRIPTS = ("launch/torchrun.sh", "launch/slurm.sbatch", ".ci/run")
+SCRIPTS = ("launch/torchrun.sh", "launch/slurm.sbatch", "launch/prepare.sbatch", ".ci/run")
 OVERRIDES = ["experiment=digits_flow", "name=a b", "data.path='x;y'", "--cfg", "job"]
 
 
@@ -28,7 +28,7 @@ def test_scripts_parse_and_can_be_started(script: str) -> None:
     assert os.access(TOP / script, os.X_OK)
 
 
-@pytest.mark.parametrize("script", SCRIPTS[:2])
+@pytest.mark.parametrize("script", SCRIPTS[:3])
 def test_help_explains_the_use(script: str) -> None:
     result = run(script, "--help")
     assert result.returncode == 0
@@ -102,7 +102,22 @@ def test_a_slurm_job_starts_torchrun_on_every_node(tmp_path: Path) -> None:
     assert "--cpus-per-task=64" in words
 
 
-def test_a_job_script_refuses_to_run_outside_slurm() -> None:
-    result = run("launch/slurm.sbatch")
+def test_a_task_of_a_job_array_prepares_with_a_process_a_gpu(tmp_path: Path) -> None:
+    """torchrun.sh prints the command; in Python's place stands a program that does nothing."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    env = {"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "4", "SLURM_SUBMIT_DIR": str(TOP)}
+    result = run("launch/prepare.sbatch", *OVERRIDES, PYTHON=str(python), **env)
+    assert result.returncode == 0, result.stderr
+    assert shlex.split(result.stdout) == [
+        *(str(python), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"),
+        *("-m", "twinflow_train.prepare", *OVERRIDES),
+    ]
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:3])
+def test_a_job_script_refuses_to_run_outside_slurm(script: str) -> None:
+    result = run(script)
     assert result.returncode == 2
     assert "start it with sbatch" in result.stderr
