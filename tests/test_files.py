@@ -25,6 +25,15 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     assert (path.read_text(), names(path.parent)) == ("new", ["a.txt"])
 
 
+def test_two_that_write_a_file_at_once_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with whole_file(path) as one, whole_file(path) as other:
+        one.write_text("the first to begin, and the last to end")
+        other.write_text("other")
+    assert path.read_text() == "the first to begin, and the last to end"
+    assert names(tmp_path) == ["a.txt"]
+
+
 def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,8 @@ def sha256(path: Path) -> str:
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a path beside `path`; the file written there takes its place when all went well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # No process id: containers on several nodes that share a folder often have the same ones.
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield unfinished
         unfinished.replace(path)

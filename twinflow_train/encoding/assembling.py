@@ -38,8 +38,9 @@ def assemble(
             f"source.path: none of {len(skipped)} items can be used, {skipped[0].name} because "
             f"{skipped[0].reason}; {folder / SKIPPED} has all"
         )
-    for left_by_a_killed_worker in folder.glob("[0-9]*.tmp"):
-        left_by_a_killed_worker.unlink(missing_ok=True)
+    for place in (folder, settings.keeping):
+        for left_by_a_killed_worker in place.glob("[0-9]*.tmp"):
+            left_by_a_killed_worker.unlink(missing_ok=True)
     manifest = Manifest(
         about=About(
             encoder=encoders.name,
