@@ -1,4 +1,4 @@
-"""Published variants of the objective, as options of the `objective` group."""
+"""Variants of the objective, as options of the `objective` group: published ones, and ours."""
 
 from twinflow_train.flow.losses import l2
 from twinflow_train.objectives.roles import Shares
