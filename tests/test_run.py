@@ -49,9 +49,11 @@ def test_every_experiment_composes(name: str) -> None:
     assert found.steps == 2
 
 
-def test_experiments_hold_what_their_names_say() -> None:
-    base, ours = composed("experiment=digits_flow"), composed("experiment=digits_twinflow")
-    assert (base.name, ours.name) == ("digits_flow", "digits_twinflow")
+@pytest.mark.parametrize("data", ["digits", "emoji"])
+def test_experiments_hold_what_their_names_say(data: str) -> None:
+    base, ours = composed(f"experiment={data}_flow"), composed(f"experiment={data}_twinflow")
+    assert (base.name, ours.name) == (f"{data}_flow", f"{data}_twinflow")
+    assert data in ours.data.path
     assert ours.init_from == f"{base.folder}/export"
     assert base.model == ours.model
     assert base.objective.order == 0 < ours.objective.order
