@@ -72,6 +72,18 @@ def test_prompts_that_are_encoded_together_come_unpadded_and_in_order(
     assert codec.embed([], at_once=4) == []
 
 
+def test_prompts_of_like_length_share_their_padding(codec: QwenImageCodec) -> None:
+    shapes: list[tuple[int, ...]] = []
+    encoder = codec._pipeline.text_encoder
+    hook = encoder.register_forward_pre_hook(
+        lambda module, args, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    codec.embed(["the " * 60, "the", "the " * 60, "the"], at_once=2)
+    hook.remove()
+    assert [rows for rows, _ in shapes] == [2, 2]
+    assert shapes[1][1] - shapes[0][1] >= 59
+
+
 def test_a_very_long_prompt_is_cut_as_the_stock_pipeline_cuts_it(codec: QwenImageCodec) -> None:
     assert [len(text) for text in codec.embed(["the " * 1500], at_once=1)] == [1024]
 
