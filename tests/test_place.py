@@ -15,7 +15,7 @@ from twinflow_train.checkpoint import refuse_unusable
 from twinflow_train.checkpoint.inspecting import look
 from twinflow_train.dist import World
 from twinflow_train.errors import UserError
-from twinflow_train.place import Place, cause
+from twinflow_train.place import PATIENCE, Place, cause
 
 SHA_OF_ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
@@ -94,7 +94,15 @@ def test_credentials_are_not_shown() -> None:
 def test_a_cause_is_told_in_few_words() -> None:
     assert cause(OSError(28, "No space left on device", "/a/b")) == "No space left on device"
     assert cause(ValueError("two\n lines")) == "two lines"
-    assert cause(FileNotFoundError()) == "FileNotFoundError"
+    assert cause(FileNotFoundError("https://host/a")) == "No such file"
+    assert cause(TimeoutError()) == f"no answer in {PATIENCE} seconds"
+    assert cause(PermissionError()) == "PermissionError"
+
+
+def test_a_cause_has_no_credentials() -> None:
+    error = OSError("403, url='https://user:secret@host/a?X-Amz-Signature=secret2&part=1'")
+    assert "secret" not in cause(error)
+    assert "host/a" in cause(error)
 
 
 # Before a run

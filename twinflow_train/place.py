@@ -19,6 +19,8 @@ from twinflow_train.scrub import scrub
 
 CHUNK = 1 << 24
 """Bytes that are read or written at once."""
+PATIENCE = 60
+"""Seconds that a file or a range of one may take to come from behind a URL."""
 
 
 @contextmanager
@@ -36,9 +38,14 @@ def plain_errors() -> Iterator[None]:
 
 
 def cause(error: BaseException) -> str:
-    """Say in a few words what went wrong."""
+    """Say in a few words what went wrong, without credentials."""
     told = error.strerror if isinstance(error, OSError) else None
-    return " ".join((told or str(error) or type(error).__name__).split())
+    if not told and isinstance(error, FileNotFoundError):
+        told = "No such file"  # drivers say its name only
+    if not told and isinstance(error, TimeoutError):
+        told = f"no answer in {PATIENCE} seconds"
+    said: str = scrub(told or str(error) or type(error).__name__)
+    return " ".join(said.split())
 
 
 def readable(size: int) -> str:
@@ -103,15 +110,18 @@ class Place:
 
     @plain_errors()
     def read(self) -> bytes:
-        """Return all of a file."""
-        found: bytes = self.driver.cat_file(self.path)
+        """Return all of a file; of a large one, parts."""
+        found: bytes = self.driver.cat_file(self.path, **self._patience())
         return found
 
     @plain_errors()
     def part(self, begin: int, end: int) -> bytes:
         """Return the bytes from `begin` to `end` of a file; safe to ask from several threads."""
-        found: bytes = self.driver.cat_file(self.path, start=begin, end=end)
+        found: bytes = self.driver.cat_file(self.path, start=begin, end=end, **self._patience())
         return found
+
+    def _patience(self) -> dict[str, int]:
+        return {"timeout": PATIENCE} if self.driver.async_impl else {}
 
     @plain_errors()
     def sha256(self) -> str:

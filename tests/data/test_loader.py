@@ -58,8 +58,8 @@ def test_a_batch_holds_the_samples_that_the_stream_names(
             assert batch.cond.tokens.dtype == torch.bfloat16
             assert torch.equal(batch.null.tokens, shards.null.tokens)
             assert batch.skipped == 0
-            for i, ref in enumerate(stream.rows(step, rows, groups=[4])):
-                sample = make_sample(ref.index)
+            for i, ref in enumerate(stream.rows(stream.plan(step, rows, groups=[4]))):
+                sample = make_sample(ref.number)
                 text = batch.cond.tokens[i][batch.cond.full_mask()[i]]
                 assert batch.keys[i] == sample.key
                 assert torch.equal(batch.data[i], sample.image)

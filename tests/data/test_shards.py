@@ -6,9 +6,12 @@ import json
 import math
 import os
 import tarfile
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ import torch
 import webdataset
 
 from tests.data.tools import ABOUT, make_sample, make_set
+from twinflow_train.data.loader import Shards
 from twinflow_train.data.sample import Sample
 from twinflow_train.data.shards import DataError, ShardSet
 from twinflow_train.data.writing import write_shards
@@ -180,7 +184,7 @@ def test_a_missing_file_is_noticed_when_the_set_is_opened(tmp_path: Path, file: 
 def test_a_vanished_shard_is_named(tmp_path: Path) -> None:
     shards = make_set(tmp_path / "set")
     (shards.folder / "000001.tar").unlink()
-    with pytest.raises(UserError, match=r"000001\.tar: No such file.*copy the file again"):
+    with pytest.raises(UserError, match=r"000001\.tar: sample s005 .*: No such file.*copy"):
         shards.read(5)
 
 
@@ -188,7 +192,7 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
     shards = make_set(tmp_path / "set")
     path = shards.folder / "000001.tar"
     path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(UserError, match=r"000001\.tar: has \d+ bytes, the manifest says"):
+    with pytest.raises(UserError, match=r"000001\.tar: sample s005 .*: it has \d+ bytes, the"):
         shards.read(5)
     assert shards.read(0).key == "s000"
 
@@ -227,6 +231,14 @@ def put_index(shards: ShardSet, index: str, *, samples: int) -> ShardSet:
     return ShardSet(shards.folder)
 
 
+def show_all(shards: ShardSet) -> None:
+    """Read the samples of a set in batches of one, often enough for each of their captions."""
+    data = Shards(path=str(shards.folder), prefetch=0)
+    stream = data.stream(seed=0, batch=1)
+    with closing(data.batches(stream, rows=[[0]], groups=[1], step=0)) as found:
+        deque(islice(found, 8 * len(shards)), maxlen=0)
+
+
 def packed(**change: torch.Tensor) -> bytes:
     sample = make_sample(0)
     tensors = {"latent": sample.image, "text.0": sample.texts[0], "text.1": sample.texts[1]}
@@ -239,36 +251,47 @@ SAID = b'{"captions": ["one", "two"]}'
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"a.json": SAID, "a.safetensors": b"noise"}, "Expecting value"),
-        ({"a.json": SAID, "a.safetensors": (2**60).to_bytes(8, "little")}, "Expecting value"),
-        ({"a.json": SAID, "a.safetensors": packed()[:-20]}, "ends at byte"),
+        ({"a.json": SAID, "a.safetensors": b"noise"}, "not safetensors"),
+        ({"a.json": SAID, "a.safetensors": (2**60).to_bytes(8, "little")}, "not safetensors"),
+        ({"a.json": SAID, "a.safetensors": packed()[:-80]}, "ends at byte"),
         ({"a.json": b"{", "a.safetensors": packed()}, "line 1 column 2"),
         ({"a.json": b"{}", "a.safetensors": packed()}, "captions"),
         ({"a.json": b'{"captions": []}', "a.safetensors": packed()}, "ZeroDivisionError"),
         (
             {"a.json": SAID, "a.safetensors": packed(latent=torch.full((1, 4, 4), math.nan))},
-            "the latent is not finite",
+            "`latent` is not finite",
         ),
         (
             {"a.json": SAID, "a.safetensors": packed(latent=torch.zeros(2, 4, 4))},
-            r"the latent has shape \(2, 4, 4\), the shard's have \(1, 4, 4\)",
+            r"`latent` is float32 \(2, 4, 4\), where float32 \(1, 4, 4\) is wanted",
         ),
         (
             {"a.json": SAID, "a.safetensors": packed(latent=torch.zeros(1, 4, 4).half())},
-            "float16.*others are.*float32",
+            "`latent` is float16 .* where float32 .* is wanted",
         ),
         (
             {"a.json": SAID, "a.safetensors": packed(**{"text.0": torch.zeros(2, 7).bfloat16()})},
-            r"text embedding is bfloat16 \(2, 7\)",
+            r"`text.0` is bfloat16 \(2, 7\), where bfloat16 \(tokens, 6\) is wanted",
         ),
     ],
 )
 def test_a_damaged_sample_is_named_with_its_shard(
     tmp_path: Path, members: dict[str, bytes], message: str
 ) -> None:
-    shards = put(make_set(tmp_path / "set"), members)
-    with pytest.raises(DataError, match=rf"000000\.tar: sample a cannot be read: .*{message}"):
+    shards = put(make_set(tmp_path / "set", 1), members)
+    match = rf"000000\.tar: sample a cannot be read: .*{message}"
+    with pytest.raises(DataError, match=match):
         shards.read(0)
+    if members["a.json"] == SAID:  # batches have no use for what it says
+        with pytest.raises(DataError, match=match):
+            show_all(shards)
+
+
+def test_a_text_that_is_not_as_long_as_the_index_says_is_named(tmp_path: Path) -> None:
+    members = {"a.json": SAID, "a.safetensors": packed()}
+    shards = put(make_set(tmp_path / "set", 1), members, tokens=[3, 6])
+    with pytest.raises(DataError, match=r"sample a .*: it has 2 tokens, the index says 3"):
+        show_all(shards)
 
 
 @pytest.mark.parametrize(

@@ -5,20 +5,20 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from itertools import count
 from pathlib import Path
 from queue import Queue
 from typing import Any, TypeVar
 
-import torch
-
 from twinflow_train.batch import Batch, Condition
-from twinflow_train.data.manifest import NAME, LatentShape
-from twinflow_train.data.ranges import Cache
+from twinflow_train.data.batching import Draft, Memory
+from twinflow_train.data.cache import Cache
+from twinflow_train.data.manifest import LatentShape
 from twinflow_train.data.sample import Sample
 from twinflow_train.data.shards import DataError, ShardSet
 from twinflow_train.data.stream import Ref, Stream
@@ -28,6 +28,10 @@ T = TypeVar("T")
 
 LARGEST_WINDOW = 256
 """Every shard of two windows stays open, and systems commonly allow 1,024 open files."""
+IN_FLIGHT = 32
+"""Ranges that are fetched at once from behind a URL: 50 ms each, they are 640 a second."""
+AT_ONCE = 8
+"""Samples on a disk that a thread copies before it hands them over."""
 OnError = Enum("OnError", ["raise", "skip"])
 """raise: a sample that cannot be used ends the run; skip: another one is shown in its place."""
 
@@ -55,7 +59,7 @@ class Shards:
     lanes: a power of two; ranks that divide it read disjoint ranges of each window's shards.
     by_length: let samples with texts of similar lengths share a micro-batch.
     prefetch: steps prepared ahead; 0: none, and no thread.
-    threads: that read and copy.
+    threads: that read and copy; of sets behind a URL at least 32 ranges are fetched at once.
     on_error: `raise`, or `skip` a sample that cannot be used, up to `skip_budget` of them over all
         ranks in one start of the program.
     attempts: at each range behind a URL, with pauses of 0.2 s, 0.4 s, ... between.
@@ -130,7 +134,7 @@ class Shards:
             "lanes": self.lanes,
             "by_length": self.by_length,
             "weights": weights,
-            "contents": [(one.place / NAME).sha256() for one in self.train()],
+            "contents": [one.manifest_sha256 for one in self.train()],
         }
 
     def stream(self, *, seed: int, batch: int) -> Stream:
@@ -167,96 +171,120 @@ class Shards:
         groups: sizes of the parts of a batch inside which samples may change places.
         step: the first step; nothing before it is read.
         """
+        assert sum(groups) == stream.batch, "groups are not the batch"
         assert all(0 <= row < stream.batch for micro in rows for row in micro), "row outside"
         flat, null = [row for micro in rows for row in micro], stream.sets[0].null
-        with ExitStack() as stack:
-            pool = None
-            if self.prefetch:
-                pool = stack.enter_context(ThreadPoolExecutor(self.threads, "read"))
-            ahead: deque[tuple[LatentShape, list[_Reading]]] = deque()
-            for now in count(step):
-                while len(ahead) <= self.prefetch:
-                    refs = stream.rows(now + len(ahead), flat, groups=groups)
-                    shape = stream.shape(now + len(ahead))
-                    ahead.append((shape, [_Reading(stream, ref, pool) for ref in refs]))
-                shape, readings = ahead.popleft()
-                found = iter([self._read(reading) for reading in readings])
-                parts = [[next(found) for _ in micro] for micro in rows]
-                yield [collate(part, null, latent_shape=shape, pool=pool) for part in parts]
+        skip = self.on_error is OnError["skip"]
+        memory, ahead = Memory(), deque[list[_Micro]]()
+        with self._threads(stream) as threads:
+            coming = stream.plan(step, flat, groups=groups)
+            for then in count(step):
+                plan, coming = coming, stream.plan(then + 1, flat, groups=groups)
+                refs = iter(stream.rows(plan))
+                parts = [[next(refs) for _ in micro] for micro in rows]
+                shape = plan.latent_shape
+                ahead.append([_Micro(stream, part, shape, memory, skip=skip) for part in parts])
+                if threads:
+                    stream.read_indexes(coming, threads.indexers)
+                    for micro in ahead[-1]:
+                        micro.start(threads)
+                if len(ahead) > self.prefetch:
+                    yield [micro.batch(null) for micro in ahead.popleft()]
 
-    def _read(self, reading: _Reading) -> tuple[Sample, bool]:
-        """Return a sample, or where samples may be skipped another one, and whether it is another.
+    @contextmanager
+    def _threads(self, stream: Stream) -> Iterator[_Threads | None]:
+        """Start the threads that read, if there are to be any."""
+        if not self.prefetch:
+            yield None
+            return
+        local = all(one.place.local for one in stream.sets)
+        readers = self.threads if local else max(self.threads, IN_FLIGHT)
+        threads = _Threads(
+            readers=ThreadPoolExecutor(readers, "read"),
+            indexers=ThreadPoolExecutor(1 if local else IN_FLIGHT, "index"),
+            at_once=AT_ONCE if local else 1,
+        )
+        try:
+            yield threads
+        finally:
+            for pool in (threads.readers, threads.indexers):
+                pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Threads:
+    """Those that read samples, `at_once` one after the other, and those that read indexes."""
+
+    readers: Executor
+    indexers: Executor
+    at_once: int
+
+
+class _Micro:
+    """A micro-batch in the making.
+
+    skip: show another sample in place of one that cannot be used.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        refs: Sequence[Ref],
+        latent_shape: LatentShape,
+        memory: Memory,
+        *,
+        skip: bool,
+    ) -> None:
+        self._stream, self._refs, self._skip = stream, refs, skip
+        lengths = [stream.tokens(ref) for ref in refs]
+        form = stream.sets[0].manifest.form
+        self._draft = Draft(lengths, form=form, latent_shape=latent_shape, memory=memory)
+        self._started: list[Future[list[str | Sample]]] = []
+
+    def start(self, threads: _Threads) -> None:
+        """Let threads copy the samples."""
+        for first in range(0, len(self._refs), threads.at_once):
+            last = min(first + threads.at_once, len(self._refs))
+            self._started.append(threads.readers.submit(self._fill, first, last))
+
+    def _fill(self, first: int, last: int) -> list[str | Sample]:
+        """Copy the samples of some rows; return their keys, or others that are to be shown.
 
         Raises:
-            DataError: it cannot be used.
+            DataError: one cannot be used.
         """
-        try:
-            return reading.result(), False
-        except DataError:
-            if self.on_error is OnError["raise"]:
-                raise
-            return reading.stream.instead(reading.ref), True
+        found: list[str | DataError] = []
+        for row in range(first, last):
+            try:
+                found.append(self._stream.copy(self._refs[row], partial(self._draft.room, row)))
+            except DataError as error:
+                found.append(error)
+        for row, tensor in self._draft.not_finite(first, last).items():
+            if isinstance(found[row - first], str):
+                found[row - first] = self._stream.not_finite(self._refs[row], tensor)
+        return [self._shown(row, one) for row, one in enumerate(found, first)]
 
+    def _shown(self, row: int, found: str | DataError) -> str | Sample:
+        """Return a row's key or, where it cannot be used, another sample."""
+        if isinstance(found, str):
+            return found
+        if not self._skip:
+            raise found
+        return self._stream.instead(self._refs[row])
 
-class _Reading:
-    """A sample that a pool, if there is one, is about to read."""
+    def batch(self, null: Condition) -> Batch:
+        """Return the batch when it is whole.
 
-    def __init__(self, stream: Stream, ref: Ref, pool: ThreadPoolExecutor | None) -> None:
-        self.stream, self.ref = stream, ref
-        self._future: Future[Sample] | None = pool.submit(stream.read, ref) if pool else None
-
-    def result(self) -> Sample:
-        """Return the sample, read now unless a pool does."""
-        return self._future.result() if self._future else self.stream.read(self.ref)
-
-
-def collate(
-    samples: Sequence[tuple[Sample, bool]],
-    null: Condition,
-    *,
-    latent_shape: LatentShape,
-    pool: ThreadPoolExecutor | None = None,
-) -> Batch:
-    """Copy samples, each with whether it stands in for another, into one batch in their own types.
-
-    Texts are padded to the longest. Without latents (image-free training) the data are zeros. In
-    page-locked memory where there is a GPU.
-    """
-    many, (first, _) = len(samples), samples[0]
-    pinned = torch.cuda.is_available()
-    longest, width = max(len(sample.text) for sample, _ in samples), first.text.shape[1]
-    kind = torch.float32 if first.latent is None else first.latent.dtype
-    fresh = torch.zeros if first.latent is None else torch.empty
-    data = fresh(many, *latent_shape, dtype=kind, pin_memory=pinned)
-    tokens = torch.empty(many, longest, width, dtype=first.text.dtype, pin_memory=pinned)
-    mask = torch.zeros(many, longest, dtype=torch.bool, pin_memory=pinned)
-
-    def put(row: int) -> None:
-        sample, _ = samples[row]
-        length = len(sample.text)
-        if sample.latent is not None:
-            data[row].copy_(sample.latent)
-        tokens[row, :length].copy_(sample.text)
-        tokens[row, length:].zero_()
-        mask[row, :length] = True
-
-    for _ in (pool.map if pool else map)(put, range(many)):
-        pass
-    return Batch(
-        data=data,
-        cond=Condition(
-            tokens=tokens,
-            mask=None if bool(mask.all()) else mask,
-            pooled=torch.stack([s.pooled[0] for s, _ in samples]) if first.pooled else None,
-            references=tuple(
-                torch.stack([s.references[n] for s, _ in samples])
-                for n in range(len(first.references))
-            ),
-        ),
-        null=null,
-        keys=tuple(sample.key for sample, _ in samples),
-        skipped=sum(other for _, other in samples),
-    )
+        Raises:
+            DataError: a sample cannot be used.
+        """
+        parts = [started.result() for started in self._started]
+        found = [one for part in parts for one in part] or self._fill(0, len(self._refs))
+        others = {row: one for row, one in enumerate(found) if isinstance(one, Sample)}
+        for row, sample in others.items():
+            self._draft.replace(row, sample)
+        keys = [one.key if isinstance(one, Sample) else one for one in found]
+        return self._draft.batch(null, keys, skipped=len(others))
 
 
 @dataclass(frozen=True)

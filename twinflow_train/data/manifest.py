@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from twinflow_train.data.ranges import persistently
 from twinflow_train.errors import UserError
 from twinflow_train.files import whole_file
 from twinflow_train.place import Place, cause
@@ -18,6 +19,8 @@ NAME = "manifest.json"
 NULL = "null.safetensors"
 HOW_TO_BUILD = "build shards with a recipe, for example `python data/digits.py`"
 LatentShape = tuple[int, ...]
+DTYPES = ("float32", "bfloat16", "float16")
+"""The types that latents and embeddings may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +42,9 @@ class About:
 class Form:
     """What all samples of a set have in common.
 
+    latent_dtype: of latents and references; "none" where images are generated in training.
     text_width, pooled_width: of a token's embedding and of a pooled one; 0 is no pooled embedding.
-    references: latents of reference images of each sample.
+    text_dtype: of both. references: latents of reference images of each sample.
     """
 
     latent_dtype: str
@@ -48,6 +52,16 @@ class Form:
     text_dtype: str
     pooled_width: int = 0
     references: int = 0
+
+    @staticmethod
+    def of(said: Mapping[str, Any]) -> Form:
+        """Make it again from plain values; ValueError, TypeError or KeyError if it is none."""
+        form = Form(**said)
+        numbers = (form.text_width, form.pooled_width, form.references)
+        plain = all(type(number) is int and number >= 0 for number in numbers) and form.text_width
+        if not plain or form.text_dtype not in DTYPES or form.latent_dtype not in (*DTYPES, "none"):
+            raise ValueError(f"form {form}")
+        return form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +87,9 @@ class ShardFile:
     def of(said: Mapping[str, Any]) -> ShardFile:
         """Make it again from plain values; ValueError, TypeError or KeyError if it is none."""
         shard = ShardFile(**{**said, "latent_shape": tuple(said["latent_shape"])})
-        if shard.file != PurePosixPath(shard.file).name or shard.samples < 1:
+        numbers = (shard.samples, shard.bytes, *shard.latent_shape)
+        plain = all(type(number) is int and number > 0 for number in numbers)
+        if not plain or shard.file != PurePosixPath(shard.file).name:
             raise ValueError(f"shard {shard}")
         return shard
 
@@ -102,11 +118,11 @@ class Manifest:
             unfinished.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @staticmethod
-    def read(folder: Place, *, option: str) -> Manifest:
-        """Read a set's manifest; `option` is the config key that named the folder."""
+    def fetch(folder: Place, *, option: str, attempts: int) -> bytes:
+        """Return the text of a set's manifest; `option` is the config key that named the folder."""
         place = folder / NAME
         try:
-            text = place.read()
+            return persistently(place.read, place, attempts)
         except (FileNotFoundError, NotADirectoryError) as error:
             what = f"has no {NAME}" if folder.exists() else "does not exist"
             raise UserError(
@@ -114,6 +130,10 @@ class Manifest:
             ) from error
         except OSError as error:
             raise UserError(f"{option}: {place} cannot be read: {cause(error)}") from error
+
+    @staticmethod
+    def parse(text: bytes, place: Place) -> Manifest:
+        """Read the text of the manifest at a place; UserError if it is none of this version."""
         try:
             said = json.loads(text)
             version = said["version"]
@@ -133,5 +153,5 @@ class Manifest:
         shards = tuple(map(ShardFile.of, said["shards"]))
         if not shards:
             raise ValueError("no shards")
-        parts = {"about": About(**said["about"]), "form": Form(**said["form"]), "shards": shards}
+        parts = {"about": About(**said["about"]), "form": Form.of(said["form"]), "shards": shards}
         return Manifest(**said | parts)

@@ -10,18 +10,33 @@ its own; of twice as many ranks two share one, of half as many each has two that
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from twinflow_train.rng import generator
 
 
-@dataclass(frozen=True, kw_only=True)
+class _Window(NamedTuple):
+    """Shards whose samples are mixed.
+
+    begin: its first position in the stream. ends: where each shard ends among its samples.
+    starts: where each lane begins; empty for one lane. mixed: its samples in their order.
+    """
+
+    begin: int
+    shards: list[int]
+    ends: list[int]
+    starts: dict[int, int]
+    mixed: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Order:
     """How an endless stream runs through shards of `counts` samples.
 
@@ -40,28 +55,52 @@ class Order:
 
         `position` counts over all epochs. Each epoch shows each sample once.
         """
-        epoch, offset = divmod(position, sum(self.counts))
-        ends = _window_ends(self, epoch)
-        number = bisect_right(ends, offset)
-        first = ends[number - 1] if number else 0
-        begin, size = position - (offset - first), ends[number] - first
-        mixed = int(_mixed(self, epoch, number, begin, size)[self._slot(position, begin, size)])
-        for shard in _shards(self, epoch)[number * self.window : (number + 1) * self.window]:
-            if mixed < self.counts[shard]:
-                return epoch, shard, mixed
-            mixed -= self.counts[shard]
-        raise AssertionError("a window's samples are those of its shards")
+        epoch, offset = divmod(position, self._total)
+        _, ends = self._epochs(epoch)
+        window = self._windows(epoch, bisect_right(ends, offset))
+        slot = position - window.begin
+        if self.lanes > 1:
+            slot = window.starts[position % self.lanes] + slot // self.lanes
+        mixed = int(window.mixed[slot])
+        number = bisect_right(window.ends, mixed)
+        shard = window.shards[number]
+        return epoch, shard, mixed - window.ends[number] + self.counts[shard]
 
-    def _slot(self, position: int, begin: int, size: int) -> int:
-        """Return the place of a stream position in its window, of `size` samples from `begin`."""
-        if self.lanes == 1:
-            return position - begin
-        lane = position % self.lanes
-        starts = _lane_starts(self.lanes, begin % self.lanes, size)
-        return starts[lane] + (position - begin) // self.lanes
+    @cached_property
+    def _total(self) -> int:
+        return sum(self.counts)
+
+    @cached_property
+    def _epochs(self) -> Callable[[int], tuple[list[int], list[int]]]:
+        return lru_cache(maxsize=2)(self._epoch)
+
+    @cached_property
+    def _windows(self) -> Callable[[int, int], _Window]:
+        return lru_cache(maxsize=4)(self._mix)
+
+    def _epoch(self, epoch: int) -> tuple[list[int], list[int]]:
+        """Shuffle the shards of an epoch, and tell at which sample of it each window ends."""
+        numbers = generator("shards", self.seed, epoch, *self.path)
+        shards: list[int] = torch.randperm(len(self.counts), generator=numbers).tolist()
+        ends = list(accumulate(self.counts[shard] for shard in shards))
+        return shards, [*ends[self.window - 1 : -1 : self.window], ends[-1]]
+
+    def _mix(self, epoch: int, number: int) -> _Window:
+        """Shuffle the samples of one window, each lane's range by itself."""
+        all_shards, all_ends = self._epochs(epoch)
+        begin = epoch * self._total + (all_ends[number - 1] if number else 0)
+        shards = all_shards[number * self.window : (number + 1) * self.window]
+        ends = list(accumulate(self.counts[shard] for shard in shards))
+        numbers = generator("samples", self.seed, epoch, number, *self.path)
+        mixed = torch.randperm(ends[-1], generator=numbers)
+        starts: dict[int, int] = {}
+        if self.lanes > 1:
+            starts = _lane_starts(self.lanes, begin % self.lanes, ends[-1])
+            borders = torch.tensor(sorted(starts.values())[1:])
+            mixed = mixed[torch.bucketize(mixed, borders, right=True).argsort(stable=True)]
+        return _Window(begin, shards, ends, starts, mixed.numpy())
 
 
-@lru_cache(maxsize=64)
 def _lane_starts(lanes: int, begin: int, size: int) -> dict[int, int]:
     """Return where each lane's range begins in a window of `size` samples.
 
@@ -75,30 +114,3 @@ def _lane_starts(lanes: int, begin: int, size: int) -> dict[int, int]:
         starts[lane] = start
         start += max(0, -(-(size - (lane - begin) % lanes) // lanes))
     return starts
-
-
-@lru_cache(maxsize=64)
-def _shards(order: Order, epoch: int) -> list[int]:
-    """Shuffle the shards of an epoch."""
-    numbers = generator("shards", order.seed, epoch, *order.path)
-    found: list[int] = torch.randperm(len(order.counts), generator=numbers).tolist()
-    return found
-
-
-@lru_cache(maxsize=64)
-def _window_ends(order: Order, epoch: int) -> tuple[int, ...]:
-    """Return the position in the epoch at which each window of shuffled shards ends."""
-    ends: Sequence[int] = list(accumulate(order.counts[shard] for shard in _shards(order, epoch)))
-    return (*ends[order.window - 1 : -1 : order.window], ends[-1])
-
-
-@lru_cache(maxsize=64)
-def _mixed(order: Order, epoch: int, number: int, begin: int, size: int) -> Tensor:
-    """Shuffle the samples of one window, each lane's range by itself."""
-    numbers = generator("samples", order.seed, epoch, number, *order.path)
-    mixed = torch.randperm(size, generator=numbers)
-    if order.lanes == 1:
-        return mixed
-    starts = sorted(_lane_starts(order.lanes, begin % order.lanes, size).values())
-    lane = torch.bucketize(mixed, torch.tensor(starts[1:]), right=True)
-    return mixed[lane.argsort(stable=True)]

@@ -1,70 +1,122 @@
-"""Bytes of shards: mapped from a disk, or fetched by ranges from behind a URL and kept nearby."""
+"""Bytes of shards: read from a disk, or fetched by ranges from behind a URL and kept nearby."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import mmap
 import os
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from twinflow_train.files import whole_file
+import numpy as np
+
+from twinflow_train.data.cache import Cache
 from twinflow_train.place import Place, cause
 
 log = logging.getLogger(__name__)
 FIRST_PAUSE = 0.2
 """Seconds before the second attempt at a range; the pauses double."""
+Copy = Callable[[int, Sequence[memoryview]], None]
+"""Copies the bytes of a range from one on, counted from its first, into memories, filling all.
+
+OSError: there are not so many, or they cannot be read."""
 
 
 @runtime_checkable
-class Bytes(Protocol):
-    """An open file."""
+class File(Protocol):
+    """An open file; safe to ask from several threads."""
 
-    def part(self, begin: int, end: int) -> memoryview:
-        """Return bytes [begin, end), fewer if the file ends before; writing to them is harmless."""
+    def part(self, begin: int, end: int) -> Copy:
+        """Return what copies bytes [begin, end); OSError if they cannot be fetched."""
         ...
 
 
-class Mapped:
-    """A file on a disk, mapped into memory: parts of it are views."""
+class OnDisk:
+    """A file on a disk.
+
+    It is not mapped into memory: then a disk that fails would not be an error, but the end of the
+    process.
+    """
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self.size = os.fstat(file.fileno()).st_size
-            # A private copy of what is written: torch takes no read-only memory without a warning.
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if self.size else b""
+        self._number = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._number)
+        self.size = os.fstat(self._number).st_size
 
-    def part(self, begin: int, end: int) -> memoryview:
-        """Return bytes [begin, end) as a view."""
-        return memoryview(self._data)[begin:end]
+    def part(self, begin: int, end: int) -> Copy:
+        """Return what reads bytes [begin, end)."""
+
+        def copy(at: int, memories: Sequence[memoryview]) -> None:
+            wanted, at = sum(map(len, memories)), begin + at
+            count = os.preadv(self._number, memories, at)
+            while count < wanted:  # a read may stop early
+                rest = _after(memories, count)
+                more = os.preadv(self._number, rest, at + count)
+                if not more:
+                    raise OSError(f"it ends at byte {at + count}")
+                count += more
+
+        return copy
 
 
-@dataclass(kw_only=True)
-class Fetched:
-    """A file behind a URL. Safe to ask from several threads.
+def _after(memories: Sequence[memoryview], count: int) -> list[memoryview]:
+    """Return what is left of memories after their first `count` bytes."""
+    rest = []
+    for memory in memories:
+        rest.append(memory[count:])
+        count = max(0, count - len(memory))
+    return [memory for memory in rest if len(memory)]
 
-    attempts: at each range, with pauses that double, before its error is raised.
+
+@dataclass(frozen=True, kw_only=True)
+class Remote:
+    """A file behind a URL.
+
+    name: what its bytes are kept under, another one for other bytes. attempts: at each range, with
+    pauses that double, before its error is raised.
     """
 
     place: Place
+    name: str
     cache: Cache | None
     attempts: int
 
-    def part(self, begin: int, end: int) -> memoryview:
-        """Return bytes [begin, end), from the cache or the place; OSError after all attempts."""
-        key = f"{self.place.path} {begin} {end}"
+    def part(self, begin: int, end: int) -> Copy:
+        """Fetch bytes [begin, end), and return what copies them."""
+        fetched = np.frombuffer(self._kept(begin, end), np.uint8)
+
+        def copy(at: int, memories: Sequence[memoryview]) -> None:
+            for memory in memories:
+                np.copyto(np.frombuffer(memory, np.uint8), fetched[at : at + len(memory)])
+                at += len(memory)
+
+        return copy
+
+    def whole(self) -> bytes:
+        """Return all of a small file."""
+        return self._kept(0, None)
+
+    def _kept(self, begin: int, end: int | None) -> bytes:
+        key = f"{self.name} {begin} {end}"
         found = self.cache.get(key) if self.cache else None
         if found is None:
-            found = persistently(lambda: self.place.part(begin, end), self.place, self.attempts)
+            found = persistently(lambda: self._fetch(begin, end), self.place, self.attempts)
             if self.cache:
                 self.cache.put(key, found)
-        return memoryview(bytearray(found))
+        return found
+
+    def _fetch(self, begin: int, end: int | None) -> bytes:
+        if end is None:
+            return self.place.read()
+        found = self.place.part(begin, end)
+        if len(found) < end - begin:
+            raise OSError(f"{len(found)} bytes came of {end - begin}")
+        if len(found) > end - begin:
+            raise ValueError(f"{len(found)} bytes came of {end - begin}: does it serve ranges?")
+        return found
 
 
 def persistently(read: Callable[[], bytes], place: Place, attempts: int) -> bytes:
@@ -81,57 +133,3 @@ def persistently(read: Callable[[], bytes], place: Place, attempts: int) -> byte
             log.warning("%s: %s; trying again in %.1f s", place, cause(error), pause)
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
-
-
-@dataclass(kw_only=True)
-class Cache:
-    """Ranges kept in a folder, the longest unused ones thrown away above `limit` bytes.
-
-    Several processes may share the folder; each counts what it has seen of it.
-    """
-
-    folder: Path
-    limit: int
-    _sizes: OrderedDict[str, int] = field(default_factory=OrderedDict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        found = [(f.stat(), f.name) for f in self.folder.iterdir() if f.suffix == ".range"]
-        for stat, name in sorted(found, key=lambda pair: pair[0].st_mtime):
-            self._sizes[name] = stat.st_size
-
-    def get(self, key: str) -> bytes | None:
-        """Return what was put under this key, None if it is not there (any more)."""
-        name = _name(key)
-        try:
-            data = (self.folder / name).read_bytes()
-        except OSError:
-            return None
-        digest, found = data[:32], data[32:]
-        if hashlib.sha256(found).digest() != digest:
-            return None
-        with self._lock:
-            self._sizes[name] = len(data)
-            self._sizes.move_to_end(name)
-        return found
-
-    def put(self, key: str, found: bytes) -> None:
-        """Keep bytes under a key. A full disk costs the cache, not the run."""
-        name = _name(key)
-        try:
-            with whole_file(self.folder / name) as unfinished:
-                unfinished.write_bytes(hashlib.sha256(found).digest() + found)
-        except OSError as error:
-            log.warning("nothing more goes into the cache %s: %s", self.folder, cause(error))
-            self.limit = 0
-        with self._lock:
-            self._sizes[name] = len(found) + 32
-            self._sizes.move_to_end(name)
-            while self._sizes and sum(self._sizes.values()) > self.limit:
-                oldest, _ = self._sizes.popitem(last=False)
-                (self.folder / oldest).unlink(missing_ok=True)
-
-
-def _name(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()[:40] + ".range"

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from twinflow_train.data.manifest import Form, LatentShape
+from twinflow_train.data.manifest import DTYPES, Form, LatentShape
+from twinflow_train.data.ranges import Copy
 from twinflow_train.errors import UserError
 
 KEY = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)
 """Keys become file names: no dot, since WebDataset ends a key there, and no way out of a folder."""
 LONGEST_KEY = 80
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""By their names in safetensors: the types that latents and embeddings may have."""
+LONGEST_HEADER = 1_000_000
+"""Bytes of a sample's safetensors header."""
+FIRST_READ = 2048
+"""Bytes that are read to find the header, which is rarely longer."""
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""What safetensors calls them."""
+BITS = {
+    torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
+    torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
+    torch.float16: (torch.int16, 0x7FFF, 0x7C00),
+}
+"""For each type an integer of its size, the bits of it that are not the sign, and infinity's."""
 
 
 @dataclass(kw_only=True)
@@ -71,14 +87,21 @@ class Sample:
             raise UserError(f"sample {self.key} has no latent: its set is for image-free training")
         return self.latent
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by their names in a shard."""
+        found = {} if self.latent is None else {"latent": self.latent}
+        several = {"text": self.texts, "pooled": self.pooled, "reference": self.references}
+        for kind, each in several.items():
+            found |= {f"{kind}.{n}": tensor for n, tensor in enumerate(each)}
+        return found
+
 
 def form_of(sample: Sample) -> Form:
     """Describe a sample's tensors."""
-    latents = [tensor for tensor in (sample.latent, *sample.references) if tensor is not None]
     return Form(
-        latent_dtype=_name(latents[0]) if latents else "none",
+        latent_dtype="none" if sample.latent is None else name_of(sample.latent.dtype),
         text_width=sample.text.shape[-1],
-        text_dtype=_name(sample.text),
+        text_dtype=name_of(sample.text.dtype),
         pooled_width=len(sample.pooled[0]) if sample.pooled else 0,
         references=len(sample.references),
     )
@@ -90,39 +113,39 @@ def fault_to_write(sample: Sample, form: Form, latent_shape: LatentShape) -> str
         return f"a key must match {KEY.pattern} and have at most {LONGEST_KEY} characters"
     if "captions" in sample.fields:
         return "`captions` cannot be a free field"
-    for text in sample.texts:
-        if fault := text_fault(text, form):
-            return fault
     if (found := form_of(sample)) != form:
         return f"is {found}, the others are {form}"
-    named = [("latent", sample.latent), *(("reference", r) for r in sample.references)]
-    for name, tensor in named:
-        if tensor is not None and not bool(tensor.isfinite().all()):
-            return f"the {name} is not finite"
-    if not all(bool(t.isfinite().all()) for t in (*sample.texts, *sample.pooled)):
-        return "a text embedding is not finite"
-    if sample.latent is not None and tuple(sample.latent.shape) != latent_shape:
-        return f"the latent has shape {tuple(sample.latent.shape)}, the shard's have {latent_shape}"
+    if sample.latent is None and sample.references:
+        return "has references and no latent"
+    for name, tensor in sample.tensors().items():
+        if fault := fault_of(name, tensor.dtype, tuple(tensor.shape), form, latent_shape):
+            return fault
+        if name_of(tensor.dtype) not in DTYPES:
+            return f"`{name}` is {name_of(tensor.dtype)}; allowed are {', '.join(DTYPES)}"
+        if not bool(tensor.isfinite().all()):
+            return f"`{name}` is not finite"
     return ""
 
 
-def text_fault(text: Tensor, form: Form) -> str:
-    """Say what makes a text embedding unusable; empty if nothing does."""
-    if text.ndim != 2 or len(text) == 0:
-        return f"a text embedding has shape {tuple(text.shape)}, not (tokens, width)"
-    if (text.shape[1], _name(text)) != (form.text_width, form.text_dtype):
-        return f"a text embedding is {_name(text)} {tuple(text.shape)}, the others are {form}"
-    return ""
+def fault_of(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], form: Form, latent_shape: LatentShape
+) -> str:
+    """Say what makes a sample's tensor unusable by its type and shape; empty if nothing does."""
+    kind = name.partition(".")[0]
+    wanted = form.latent_dtype if kind in ("latent", "reference") else form.text_dtype
+    if kind == "text":
+        fits, allowed = shape[1:] == (form.text_width,) and shape[0], f"(tokens, {form.text_width})"
+    else:
+        exact = (form.pooled_width,) if kind == "pooled" else latent_shape
+        fits, allowed = shape == exact, str(exact)
+    if fits and name_of(dtype) == wanted:
+        return ""
+    return f"`{name}` is {name_of(dtype)} {shape}, where {wanted} {allowed} is wanted"
 
 
 def tensors_of(sample: Sample) -> bytes:
     """Write a sample's tensors as safetensors."""
-    tensors = {f"text.{n}": text.contiguous() for n, text in enumerate(sample.texts)}
-    tensors |= {f"pooled.{n}": pooled.contiguous() for n, pooled in enumerate(sample.pooled)}
-    tensors |= {f"reference.{n}": r.contiguous() for n, r in enumerate(sample.references)}
-    if sample.latent is not None:
-        tensors["latent"] = sample.latent.contiguous()
-    return safetensors.torch.save(tensors)
+    return safetensors.torch.save({k: t.contiguous() for k, t in sample.tensors().items()})
 
 
 def fields_of(sample: Sample) -> bytes:
@@ -131,10 +154,119 @@ def fields_of(sample: Sample) -> bytes:
     return json.dumps(said, sort_keys=True, allow_nan=False).encode()
 
 
+class Stored(NamedTuple):
+    """A tensor in a file: its type and shape, and where its bytes begin and end."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+Room = Callable[[str, int], memoryview]
+"""Returns where the bytes of a tensor go, by its name and their number."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tensors of a sample lie in its safetensors file, and the header that says so."""
+
+    header: bytes
+    tensors: Mapping[str, Stored]
+
+    @cached_property
+    def runs(self) -> list[tuple[int, list[tuple[str, int]]]]:
+        """Where tensors lie side by side: from which byte on, and their names and sizes.
+
+        The first run begins with the header, at 0.
+        """
+        found: list[tuple[int, list[tuple[str, int]]]] = [(0, [])]
+        end = len(self.header)
+        for name, stored in sorted(self.tensors.items(), key=lambda item: item[1].begin):
+            if stored.begin != end:
+                found.append((stored.begin, []))
+            found[-1][1].append((name, stored.end - stored.begin))
+            end = stored.end
+        return found
+
+    def copy(self, copy: Copy, room: Room) -> bool:
+        """Copy the tensors of a file to where there is room; tell whether it has this layout.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        header = bytearray(len(self.header))
+        memories = [memoryview(header)]
+        for begin, tensors in self.runs:
+            memories += [room(name, size) for name, size in tensors]
+            copy(begin, memories)
+            memories = []
+        return header == self.header
+
+
+def header_of(copy: Copy, size: int) -> bytes:
+    """Read the header of a safetensors file of `size` bytes; ValueError if it is none."""
+    first = bytearray(min(FIRST_READ, size))
+    copy(0, [memoryview(first)])
+    end = header_size(first, size)
+    if end > len(first):
+        first = bytearray(end)
+        copy(0, [memoryview(first)])
+    return bytes(first[:end])
+
+
+def header_size(first: bytes | bytearray, size: int) -> int:
+    """Return where the header of a safetensors file of `size` bytes ends, by its first 8 bytes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    end = 8 + int.from_bytes(first[:8], "little")
+    if not 8 < end <= min(size, LONGEST_HEADER):
+        raise ValueError(f"not safetensors: its header ends at byte {end} of {size}")
+    return end
+
+
+def layout(
+    header: bytes, size: int, *, caption: int, form: Form, latent_shape: LatentShape
+) -> Layout:
+    """Find a sample's tensors in a safetensors file of `size` bytes by its header, from byte 0 on.
+
+    Of texts and pooled embeddings that of one caption is found.
+
+    Raises:
+        ValueError: it is not that of a sample of this form.
+    """
+    try:
+        said: dict[str, Any] = json.loads(header[8:])
+        wanted = [] if form.latent_dtype == "none" else ["latent"]
+        wanted += [f"text.{caption}"]
+        wanted += [f"pooled.{caption}"] if form.pooled_width else []
+        wanted += [f"reference.{n}" for n in range(form.references)]
+        found = {name: _stored(said[name], len(header), size) for name in wanted}
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not safetensors of a sample ({error!r})") from error
+    for name, stored in found.items():
+        if fault := fault_of(name, stored.dtype, stored.shape, form, latent_shape):
+            raise ValueError(fault)
+    return Layout(header, found)
+
+
+def _stored(entry: dict[str, Any], start: int, size: int) -> Stored:
+    """Read what a header says of a tensor whose offsets count from `start`."""
+    begin, end = (start + offset for offset in entry["data_offsets"])
+    dtype, shape = TYPES[STORED[entry["dtype"]]], tuple(entry["shape"])
+    if not start <= begin <= end <= size:
+        raise ValueError(f"a tensor ends at byte {end} of {size}")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"a tensor of {end - begin} bytes is said to be {dtype} {shape}")
+    return Stored(dtype, shape, begin, end)
+
+
 def parse(
     key: str,
-    tensors: bytearray | memoryview,
-    fields: bytes | memoryview,
+    tensors: bytearray,
+    fields: bytes | bytearray,
     *,
     caption: int,
     form: Form,
@@ -145,72 +277,52 @@ def parse(
     Raises:
         ValueError: the bytes are not those of a sample of this form.
     """
-    views = _views(tensors)
     try:
-        said: dict[str, Any] = json.loads(bytes(fields))
+        said: dict[str, Any] = json.loads(fields)
         captions: list[str] = said.pop("captions")
-        chosen = caption % len(captions)
-        sample = Sample(
-            key=key,
-            latent=views.get("latent"),
-            texts=(views[f"text.{chosen}"],),
-            captions=(captions[chosen],),
-            pooled=(views[f"pooled.{chosen}"],) if form.pooled_width else (),
-            references=tuple(views[f"reference.{n}"] for n in range(form.references)),
-            fields=said,
-        )
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"{error!r}") from error
-    if fault := _fault(sample, form, latent_shape):
-        raise ValueError(fault)
-    return sample
+        number = caption % len(captions)
+        words = captions[number]
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
+        raise ValueError(f"its JSON lacks captions ({error!r})") from error
+    header = bytes(tensors[: header_size(tensors, len(tensors))])
+    found = layout(header, len(tensors), caption=number, form=form, latent_shape=latent_shape)
+    views = {name: _view(tensors, stored) for name, stored in found.tensors.items()}
+    for name, view in views.items():
+        if looked_at(name) and not_finite(view[None])[0]:
+            raise ValueError(f"`{name}` is not finite")
+    return Sample(
+        key=key,
+        latent=views.get("latent"),
+        texts=(views[f"text.{number}"],),
+        captions=(words,),
+        pooled=(views[f"pooled.{number}"],) if form.pooled_width else (),
+        references=tuple(views[f"reference.{n}"] for n in range(form.references)),
+        fields=said,
+    )
 
 
-def _fault(sample: Sample, form: Form, latent_shape: LatentShape) -> str:
-    """Say what makes a sample that was read unusable; empty if nothing does.
-
-    Latents are looked at for numbers that are none; texts, many times as large, when written.
-    """
-    if fault := text_fault(sample.text, form):
-        return fault
-    if (found := form_of(sample)) != form:
-        return f"is {found}, the others are {form}"
-    if sample.latent is None:
-        return ""
-    if tuple(sample.latent.shape) != latent_shape:
-        return f"the latent has shape {tuple(sample.latent.shape)}, the shard's have {latent_shape}"
-    return "" if bool(sample.latent.isfinite().all()) else "the latent is not finite"
+def _view(data: bytearray, stored: Stored) -> Tensor:
+    count = math.prod(stored.shape)
+    flat = torch.frombuffer(data, dtype=stored.dtype, offset=stored.begin, count=count)
+    return flat.view(stored.shape)
 
 
-def _views(data: bytearray | memoryview) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file in memory, without copying; `data` is writable."""
-    size = int.from_bytes(data[:8], "little")
-    try:
-        header: dict[str, Any] = json.loads(bytes(data[8 : 8 + size]))
-        header.pop("__metadata__", None)
-        return {
-            name: _view(data, 8 + size, entry["dtype"], entry["shape"], entry["data_offsets"])
-            for name, entry in header.items()
-        }
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"not safetensors ({error!r})") from error
+def not_finite(rows: Tensor) -> npt.NDArray[np.bool_]:
+    """Tell of each row whether one of its numbers is none, by their bits: torch is far slower."""
+    integer, magnitude, infinity = BITS[rows.dtype]
+    bits = rows.view(integer).numpy().reshape(len(rows), -1)
+    found: npt.NDArray[np.bool_] = (bits & magnitude).max(axis=1) >= infinity
+    return found
 
 
-def _view(
-    data: bytearray | memoryview, start: int, dtype: str, shape: list[int], ends: list[int]
-) -> Tensor:
-    begin, end = ends
-    kind = DTYPES[dtype]
-    if not 0 <= begin <= end <= len(data) - start:
-        raise ValueError(f"a tensor ends at byte {end} of {len(data) - start}")
-    if begin == end:
-        return torch.empty(shape, dtype=kind)
-    flat = torch.frombuffer(data, dtype=torch.uint8, offset=start + begin, count=end - begin)
-    return flat.view(kind).view(shape)
+def looked_at(name: str) -> bool:
+    """Tell whether a tensor is looked at for what is no number: texts, far larger, when written."""
+    return not name.startswith("text")
 
 
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def name_of(dtype: torch.dtype) -> str:
+    """Name a type as manifests do."""
+    return str(dtype).removeprefix("torch.")
 
 
 def member_fault(name: str, *, regular: bool) -> str:

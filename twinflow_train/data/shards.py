@@ -6,8 +6,7 @@ import hashlib
 import json
 import tarfile
 from bisect import bisect_right
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +15,25 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from twinflow_train.batch import Condition
-from twinflow_train.data.manifest import NULL, LatentShape, Manifest, ShardFile
-from twinflow_train.data.ranges import Bytes, Cache, Fetched, Mapped, persistently
-from twinflow_train.data.sample import KEY, Sample, member_fault, parse
+from twinflow_train.data.cache import Cache
+from twinflow_train.data.kept import Kept
+from twinflow_train.data.manifest import NAME, NULL, LatentShape, Manifest, ShardFile
+from twinflow_train.data.ranges import File, OnDisk, Remote
+from twinflow_train.data.sample import (
+    KEY,
+    Layout,
+    Room,
+    Sample,
+    header_of,
+    layout,
+    member_fault,
+    parse,
+)
 from twinflow_train.errors import UserError
 from twinflow_train.place import Place, cause
 
+LAYOUTS = 4096
+"""How many layouts of samples are remembered."""
 _REPAIR = "copy the file again or build the set again"
 
 
@@ -40,20 +52,12 @@ class Entry(NamedTuple):
     tokens: tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Open:
-    """An open shard."""
-
-    data: Bytes
-    entries: tuple[Entry, ...]
-
-
 class ShardSet:
     """A set of shards in a folder or behind a URL; safe to read from several threads.
 
     where, option: the place and the config key that named it, for messages.
-    keep_open: shards whose index and file stay open.
-    cache: keeps ranges that were fetched from behind a URL. attempts: at each of them.
+    keep_open: shards of each latent shape whose indexes are kept, and shards that stay open.
+    cache: keeps what was fetched from behind a URL. attempts: at each file or range there.
     Raises UserError naming the file, and the sample, that cannot be used.
     """
 
@@ -67,8 +71,10 @@ class ShardSet:
         attempts: int = 5,
     ) -> None:
         self.place = Place.of(where)
-        self.cache, self.attempts = cache, attempts
-        self.manifest = Manifest.read(self.place, option=option)
+        self._cache, self._attempts = cache, attempts
+        text = Manifest.fetch(self.place, option=option, attempts=attempts)
+        self.manifest_sha256 = hashlib.sha256(text).hexdigest()
+        self.manifest = Manifest.parse(text, self.place / NAME)
         if self.place.local:
             present = set(self.place.names())
             shards = self.manifest.shards
@@ -77,7 +83,9 @@ class ShardSet:
                     raise UserError(f"{self.place / file} is missing; {_REPAIR}")
         self.counts = tuple(shard.samples for shard in self.manifest.shards)
         self._ends = tuple(accumulate(self.counts))
-        self._opened = lru_cache(maxsize=keep_open)(self._open)
+        self._entries = Kept(self._read_index, most=keep_open * len(self.manifest.buckets))
+        self._files = Kept(self._open, most=keep_open)
+        self._layouts: dict[object, Layout] = {}
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -92,8 +100,7 @@ class ShardSet:
         """The null prompt as a condition of one row, in the type it is stored in."""
         place = self.place / NULL
         try:
-            found = persistently(place.read, place, self.attempts)
-            self._compare(place, found, self.manifest.null_sha256)
+            found = self._whole(NULL, self.manifest.null_sha256)
             return Condition.pad([safetensors.torch.load(found)["text.0"]])
         except OSError as error:
             raise UserError(f"{place} cannot be read: {cause(error)}; {_REPAIR}") from error
@@ -124,10 +131,13 @@ class ShardSet:
         number = bisect_right(self._ends, index)
         return number, index - self.start(number)
 
-    def entry(self, index: int) -> Entry:
-        """Return what the shard's index says of a sample."""
-        number, row = self.split(index)
-        return self._opened(number).entries[row]
+    def has_index(self, number: int) -> bool:
+        """Tell whether a shard's index is there, or on its way."""
+        return number in self._entries
+
+    def index(self, number: int) -> tuple[Entry, ...]:
+        """Return a shard's index; DataError if it cannot be read."""
+        return self._entries.get(number)
 
     def read(self, index: int, *, caption: int = 0) -> Sample:
         """Read sample `index`, showing only caption number `caption` modulo its captions.
@@ -136,27 +146,63 @@ class ShardSet:
             DataError: it cannot be used.
         """
         number, row = self.split(index)
-        shard, file = self._opened(number), self.manifest.shards[number]
-        entry = shard.entries[row]
+        entry = self._entries.get(number)[row]
         begin = min(entry.tensors_at, entry.fields_at)
         end = max(entry.tensors_at + entry.tensors_size, entry.fields_at + entry.fields_size)
-        where = f"{self.place / file.file}: sample {entry.key}"
+        tensors, fields = bytearray(entry.tensors_size), bytearray(entry.fields_size)
         try:
-            data = shard.data.part(begin, end)
-            tensors = data[entry.tensors_at - begin :][: entry.tensors_size]
-            fields = data[entry.fields_at - begin :][: entry.fields_size]
+            copy = self._files.get(number).part(begin, end)
+            copy(entry.tensors_at - begin, [memoryview(tensors)])
+            copy(entry.fields_at - begin, [memoryview(fields)])
             return parse(
                 entry.key,
                 tensors,
                 fields,
                 caption=caption,
                 form=self.manifest.form,
-                latent_shape=file.latent_shape,
+                latent_shape=self.manifest.shards[number].latent_shape,
             )
-        except OSError as error:
-            raise DataError(f"{where} cannot be read: {cause(error)}; {_REPAIR}") from error
-        except ValueError as error:
-            raise DataError(f"{where} cannot be read: {error}; {_REPAIR}") from error
+        except (OSError, ValueError) as error:
+            raise self.fault(number, entry, cause(error)) from error
+
+    def copy(self, number: int, entry: Entry, room: Room, *, caption: int) -> None:
+        """Copy the tensors of a shard's sample to where there is room, with one caption.
+
+        Latents are not looked at: see `sample.not_finite`.
+
+        Raises:
+            DataError: it cannot be used.
+        """
+        shape, chosen = self.manifest.shards[number].latent_shape, caption % len(entry.tokens)
+        # Samples with equally long texts have equal headers, nearly always.
+        like = (shape, entry.tensors_size, entry.tokens, chosen)
+        known = self._layouts.get(like)
+        try:
+            copy = self._files.get(number).part(
+                entry.tensors_at, entry.tensors_at + entry.tensors_size
+            )
+            if known and known.copy(copy, room):
+                return
+            found = layout(
+                header_of(copy, entry.tensors_size),
+                entry.tensors_size,
+                caption=chosen,
+                form=self.manifest.form,
+                latent_shape=shape,
+            )
+            if (tokens := found.tensors[f"text.{chosen}"].shape[0]) != entry.tokens[chosen]:
+                raise ValueError(f"it has {tokens} tokens, the index says {entry.tokens[chosen]}")
+            found.copy(copy, room)
+        except (OSError, ValueError) as error:
+            raise self.fault(number, entry, cause(error)) from error
+        if len(self._layouts) >= LAYOUTS:
+            self._layouts.clear()
+        self._layouts[like] = found
+
+    def fault(self, number: int, entry: Entry, reason: str) -> DataError:
+        """Say that a shard's sample cannot be used."""
+        where = self.place / self.manifest.shards[number].file
+        return DataError(f"{where}: sample {entry.key} cannot be read: {reason}; {_REPAIR}")
 
     def verify(self) -> None:
         """Compare every file with its checksum and every tar with its index, reading the whole set.
@@ -175,7 +221,7 @@ class ShardSet:
                 raise UserError(f"{place}: {cause(error)}; {_REPAIR}") from error
             wanted = [
                 member
-                for e in self._opened(number).entries
+                for e in self._entries.get(number)
                 for member in (
                     (f"{e.key}.safetensors", e.tensors_at, e.tensors_size),
                     (f"{e.key}.json", e.fields_at, e.fields_size),
@@ -184,31 +230,36 @@ class ShardSet:
             if sorted(members) != sorted(wanted):
                 raise UserError(f"{place}: is not what {shard.index} says; build the set again")
 
-    def _open(self, number: int) -> _Open:
-        """Open a shard and read its index."""
+    def _read_index(self, number: int) -> tuple[Entry, ...]:
+        """Read and parse a shard's index."""
         shard = self.manifest.shards[number]
-        place, index = self.place / shard.file, self.place / shard.index
+        place = self.place / shard.index
         try:
-            text = persistently(index.read, index, self.attempts)
-            self._compare(index, text, shard.index_sha256)
-            return _Open(data=self._bytes(place, shard), entries=_entries(text, shard, index))
+            return _entries(self._whole(shard.index, shard.index_sha256), shard, place)
         except OSError as error:
-            raise DataError(f"{place}: {cause(error)}; {_REPAIR}") from error
+            raise DataError(f"{place} cannot be read: {cause(error)}; {_REPAIR}") from error
 
-    def _bytes(self, place: Place, shard: ShardFile) -> Bytes:
-        if not place.local:
-            return Fetched(place=place, cache=self.cache, attempts=self.attempts)
-        mapped = Mapped(Path(place.path))
-        if mapped.size != shard.bytes:
-            raise DataError(
-                f"{place}: has {mapped.size} bytes, the manifest says {shard.bytes}; {_REPAIR}"
-            )
-        return mapped
+    def _open(self, number: int) -> File:
+        """Open a shard; OSError if it is not what it was."""
+        shard = self.manifest.shards[number]
+        if not self.place.local:
+            return self._remote(shard.file, shard.sha256)
+        found = OnDisk(Path((self.place / shard.file).path))
+        if found.size != shard.bytes:
+            raise OSError(f"it has {found.size} bytes, the manifest says {shard.bytes}")
+        return found
 
-    @staticmethod
-    def _compare(place: Place, found: bytes, expected: str) -> None:
-        if (digest := hashlib.sha256(found).hexdigest()) != expected:
-            raise DataError(_unlike(place, digest, expected))
+    def _whole(self, file: str, sha256: str) -> bytes:
+        """Read a small file of a known checksum; UserError if it has another one."""
+        place = self.place / file
+        found = place.read() if self.place.local else self._remote(file, sha256).whole()
+        if (digest := hashlib.sha256(found).hexdigest()) != sha256:
+            raise DataError(_unlike(place, digest, sha256))
+        return found
+
+    def _remote(self, file: str, sha256: str) -> Remote:
+        place = self.place / file
+        return Remote(place=place, name=sha256, cache=self._cache, attempts=self._attempts)
 
 
 def _unlike(place: Place, found: str, expected: str) -> str:
@@ -244,7 +295,10 @@ def _members(place: Place) -> list[tuple[str, int, int]]:
     """List name, begin and size of a tar's members; refuse names and kinds that no shard has."""
     found = []
     try:
-        with place.driver.open(place.path, "rb") as file, tarfile.open(fileobj=file) as tar:
+        with (
+            place.driver.open(place.path, "rb") as file,
+            tarfile.open(fileobj=file, mode="r:") as tar,
+        ):
             for member in tar:
                 if fault := member_fault(member.name, regular=member.isreg()):
                     raise UserError(f"{place}: {fault}")

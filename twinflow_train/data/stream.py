@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
 
 from twinflow_train.data.manifest import LatentShape
 from twinflow_train.data.order import Order
-from twinflow_train.data.sample import Sample
+from twinflow_train.data.sample import Room, Sample
 from twinflow_train.data.schedule import had, turns
 from twinflow_train.data.shards import DataError, ShardSet
 from twinflow_train.rng import digest
 
-TRIES = 10_000
+TRIES = 8
 """Samples that are tried in place of one that cannot be used."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ref:
-    """A sample to be shown: number of its set, its index there, the hash that picks its caption."""
+class Ref(NamedTuple):
+    """A sample to be shown.
+
+    set, shard, place: numbers of its set, its shard there, and its place in that. number: of the
+    sample in its set. caption: the hash that picks its caption. epoch: of its set and shape.
+    """
 
     set: int
-    index: int
+    shard: int
+    place: int
+    number: int
     caption: int
     epoch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which samples make some rows of a step's batch.
+
+    refs: the samples, as they come. together: rows among which they may change places.
+    """
+
+    latent_shape: LatentShape
+    wanted: Sequence[int]
+    refs: Mapping[int, Ref]
+    together: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +91,6 @@ class Stream:
         path = (number, bucket) if number or bucket else ()
         return Order(seed=self.seed, counts=counts, window=self.window, lanes=self.lanes, path=path)
 
-    def shape(self, step: int) -> LatentShape:
-        """Return the latent shape of a step's batch."""
-        return self.shapes[self._bucket(step)[0]]
-
     def _bucket(self, step: int) -> tuple[int, int]:
         """Return a step's shape, by number, and how many batches of that shape came before."""
         return turns(step, 1, rates=self._rates, path=("shape", self.seed))[0]
@@ -82,71 +100,107 @@ class Stream:
         """The rate of each shape."""
         return tuple(sum(rate for _, rate, _ in sources) for sources in self._sources)
 
-    def rows(self, step: int, wanted: Sequence[int], *, groups: Sequence[int]) -> list[Ref]:
-        """Return the samples at some rows of a step's batch.
+    def plan(self, step: int, wanted: Sequence[int], *, groups: Sequence[int]) -> Plan:
+        """Find the samples of some rows of a step's batch, without reading anything.
 
         groups: sizes of the parts of a batch inside which `by_length` may change places, sums to
-        the batch. Among rows that are equal modulo `lanes` and in one group, texts become longer
-        from row to row: so no sample leaves its lane, and rows that are close are alike.
+        the batch.
         """
         bucket, turn = self._bucket(step)
-        members = list(self._members(bucket, turn * self.batch))
+        sources, first = self._sources[bucket], turn * self.batch
+        if len(sources) == 1:
+            order = [(0, position) for position in range(first, first + self.batch)]
+        else:
+            rates, path = [rate for _, rate, _ in sources], ("set", self.seed, bucket)
+            order = turns(first, self.batch, rates=rates, path=path)
+        together = self._together(wanted, groups)
+        refs = {row: self._ref(bucket, *order[row]) for rows in together for row in rows}
+        return Plan(latent_shape=self.shapes[bucket], wanted=wanted, refs=refs, together=together)
+
+    def _together(self, wanted: Sequence[int], groups: Sequence[int]) -> list[list[int]]:
+        """List rows among which samples may change places."""
         if not self.by_length:
-            return [members[row] for row in wanted]
+            return [[row] for row in wanted]
+        ends = list(accumulate(groups))
+        parts = sorted({(bisect_right(ends, row), row % self.lanes) for row in wanted})
+        spans = [(range(ends[part] - groups[part], ends[part]), lane) for part, lane in parts]
+        return [[row for row in span if row % self.lanes == lane] for span, lane in spans]
+
+    def _ref(self, bucket: int, which: int, position: int) -> Ref:
+        """Return the sample that one of a shape's sources shows at a position of its own."""
+        number, _, order = self._sources[bucket][which]
+        epoch, nth, place = order.locate(position)
+        one = self.sets[number]
+        shard = one.manifest.buckets[self.shapes[bucket]][nth]
+        index = one.start(shard) + place
+        extra = (number,) if number else ()
+        caption = digest("caption", self.seed, epoch, index, *extra)
+        return Ref(number, shard, place, index, caption, epoch)
+
+    def read_indexes(self, plan: Plan, pool: Executor) -> None:
+        """Begin to read the indexes that `rows` asks for, those that are not there."""
+        for number, shard in {(ref.set, ref.shard) for ref in plan.refs.values()}:
+            if not self.sets[number].has_index(shard):
+                pool.submit(self.sets[number].index, shard)
+
+    def rows(self, plan: Plan) -> list[Ref]:
+        """Return the samples of the wanted rows, in their places.
+
+        With `by_length`, among rows that are equal modulo `lanes` and in one group, texts become
+        longer from row to row: so no sample leaves its lane, and rows that are close are alike.
+        """
         found: dict[int, Ref] = {}
-        ends = [sum(groups[: k + 1]) for k in range(len(groups))]
-        for begin, end in zip([0, *ends], ends, strict=False):
-            mine = {row for row in wanted if begin <= row < end}
-            for lane in {row % self.lanes for row in mine}:
-                rows = [row for row in range(begin, end) if row % self.lanes == lane]
-                refs = sorted((members[row] for row in rows), key=self._tokens)
-                found |= dict(zip(rows, refs, strict=True))
-        return [found[row] for row in wanted]
+        for rows in plan.together:
+            refs = (plan.refs[row] for row in rows)
+            found |= zip(rows, sorted(refs, key=self.tokens), strict=True)
+        return [found[row] for row in plan.wanted]
 
-    def _members(self, bucket: int, first: int) -> Iterator[Ref]:
-        """Yield the samples of a batch whose shape was shown `first` samples before, in order."""
-        sources = self._sources[bucket]
-        rates, path = [rate for _, rate, _ in sources], ("set", self.seed, bucket)
-        for which, position in turns(first, self.batch, rates=rates, path=path):
-            number, _, order = sources[which]
-            epoch, shard, place = order.locate(position)
-            one = self.sets[number]
-            index = one.start(one.manifest.buckets[self.shapes[bucket]][shard]) + place
-            extra = (number,) if number else ()
-            caption = digest("caption", self.seed, epoch, index, *extra)
-            yield Ref(set=number, index=index, caption=caption, epoch=epoch)
-
-    def _tokens(self, ref: Ref) -> int:
-        """Return the length of a sample's text; of one without an index 0: reading it tells why."""
+    def tokens(self, ref: Ref) -> int:
+        """Return the length of a sample's text; of one without an index 1: reading it tells why."""
         try:
-            tokens = self.sets[ref.set].entry(ref.index).tokens
+            tokens = self.sets[ref.set].index(ref.shard)[ref.place].tokens
         except DataError:
-            return 0
+            return 1
         return tokens[ref.caption % len(tokens)]
 
-    def read(self, ref: Ref) -> Sample:
-        """Read a sample; DataError if it cannot be used."""
-        return self.sets[ref.set].read(ref.index, caption=ref.caption)
-
-    def instead(self, ref: Ref) -> Sample:
-        """Read the next sample of the same shard set and shape that can be used.
+    def copy(self, ref: Ref, room: Room) -> str:
+        """Copy a sample to where there is room for it, and return its key.
 
         Raises:
-            DataError: there is none among many.
+            DataError: it cannot be used.
         """
         one = self.sets[ref.set]
-        number, _ = one.split(ref.index)
-        shape = one.manifest.shards[number].latent_shape
-        numbers = one.manifest.buckets[shape]
-        indices = [k for n in numbers for k in range(one.start(n), one.start(n) + one.counts[n])]
-        at = indices.index(ref.index)
-        problem: DataError | None = None
-        for index in (indices[at + 1 :] + indices[:at])[:TRIES]:
+        entry = one.index(ref.shard)[ref.place]
+        one.copy(ref.shard, entry, room, caption=ref.caption)
+        return entry.key
+
+    def not_finite(self, ref: Ref, tensor: str) -> DataError:
+        """Say that one of a sample's tensors is not finite."""
+        one = self.sets[ref.set]
+        return one.fault(ref.shard, one.index(ref.shard)[ref.place], f"`{tensor}` is not finite")
+
+    def instead(self, ref: Ref) -> Sample:
+        """Read another sample of the same set and shape, in place of one that cannot be used.
+
+        Raises:
+            DataError: there is none among some that were tried.
+        """
+        one = self.sets[ref.set]
+        numbers = one.manifest.buckets[one.manifest.shards[ref.shard].latent_shape]
+        ends = list(accumulate(one.counts[n] for n in numbers))
+        problems = []
+        for attempt in range(TRIES):
+            chosen = digest("instead", self.seed, ref.epoch, ref.number, attempt) % ends[-1]
+            shard = bisect_right(ends, chosen)
+            index = one.start(numbers[shard]) + chosen - ends[shard] + one.counts[numbers[shard]]
             try:
                 return one.read(index, caption=ref.caption)
             except DataError as error:
-                problem = problem or error
-        raise problem or DataError(f"{one.place}: there is no other sample of shape {shape}")
+                problems.append(error)
+        raise DataError(
+            f"{problems[0]} (and so on: {TRIES} samples that were tried in its place cannot be "
+            "used either)"
+        )
 
     def epochs(self, step: int) -> list[float]:
         """Return how often each set was shown up to a step, in epochs of its own."""
