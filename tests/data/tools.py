@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from twinflow_train.data.manifest import About
-from twinflow_train.data.sample import Sample
+from twinflow_train.data.manifest import About, LatentShape, Manifest
+from twinflow_train.data.sample import Sample, form_of
 from twinflow_train.data.shards import ShardSet
-from twinflow_train.data.writing import write_shards
+from twinflow_train.data.writing import write_null, write_shard, write_shards
 from twinflow_train.rng import generator
 
 ABOUT = About(encoder="none", revision="0", null_prompt="Generate.", licence="free")
+Shard = tuple[LatentShape, Sequence[int]]
+"""The shape of a shard's latents, and how many tokens the text of each of its samples has."""
 
 
 def make_sample(index: int) -> Sample:
@@ -36,3 +39,23 @@ def make_set(folder: Path, samples: int = 10, *, samples_per_shard: int = 4) -> 
         about=ABOUT,
         samples_per_shard=samples_per_shard,
     )
+
+
+def make_shards(folder: Path, shards: Sequence[Shard], *, name: str = "s", width: int = 2) -> Path:
+    """Write shards whose latents and texts are full of their samples' numbers in the set."""
+    folder.mkdir(parents=True)
+    written, number = [], 0
+    for file, (shape, lengths) in enumerate(shards):
+        samples = []
+        for tokens in lengths:
+            latent = torch.full(shape, float(number)).bfloat16()
+            text = torch.full((tokens, width), float(number)).bfloat16()
+            key = f"{name}-{number:05d}"
+            samples.append(Sample(key=key, latent=latent, texts=[text], captions=["?"]))
+            number += 1
+        form = form_of(samples[0])
+        path = folder / f"{file:06d}.tar"
+        written.append(write_shard(path, samples, form, latent_shape=shape))
+    null = write_null(folder, torch.ones(1, width).bfloat16())
+    Manifest(about=ABOUT, form=form, null_sha256=null, shards=tuple(written)).write(folder)
+    return folder

@@ -13,9 +13,9 @@ def turns(
 ) -> list[tuple[int, int]]:
     """Return (stream, its own turn) of the turns first, first + 1, ..., first + count - 1.
 
-    Stream s has its turn number k at a random time in [k, k + 1) / rates[s]: in any stretch its
-    share is that of its rate, to within one turn, and the streams alternate at random. `path` sets
-    schedules apart. Needs no state: any turn is found in time that grows with the streams alone.
+    Stream s has its turn number k at a random time in [k, k + 1) / rates[s]: at any time it has had
+    its share of turns to within one, and the streams alternate at random. `path` sets schedules
+    apart. Needs no state: any turn is found in time that grows with the streams alone.
     """
     if len(rates) == 1:
         return [(0, turn) for turn in range(first, first + count)]

@@ -79,7 +79,7 @@ class Stream:
         """For each shape: number, rate and order of each set that has it."""
         return tuple(
             tuple(
-                (number, weight * sum(counts) / len(one), self._order(number, bucket, counts))
+                (number, weight * sum(counts), self._order(number, bucket, counts))
                 for number, (one, weight) in enumerate(zip(self.sets, self.weights, strict=True))
                 if (counts := tuple(one.counts[k] for k in one.manifest.buckets.get(shape, ())))
             )
