@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 import shutil
 import stat
@@ -28,6 +29,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())  # or a node that loses power leaves an empty file of that name
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

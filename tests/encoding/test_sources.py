@@ -242,3 +242,10 @@ def test_a_place_without_anything_is_named(tmp_path: Path, kind: type[Source]) -
     (tmp_path / "readme.md").touch()
     with pytest.raises(UserError, match=r"source\.path: .* holds no \..* file"):
         list(kind(path=str(tmp_path)).open().find())
+
+
+def test_what_file_managers_leave_in_a_tar_is_passed_over(tmp_path: Path) -> None:
+    members = {"a/.DS_Store": b"x", "._0.jpg": b"x", "a/0.png": PNG, "a/0.txt": b"one"}
+    write_tar(tmp_path / "0.tar", members)
+    reader = WebDataset(path=str(tmp_path)).open()
+    assert names(reader) == ["0.tar:a/0"]

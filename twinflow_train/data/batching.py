@@ -55,8 +55,13 @@ class Plane:
         self._bytes: Block = found.view(many, size).numpy()
 
     def row(self, number: int, size: int) -> memoryview:
-        """Return the first bytes of a row, so many, and make the others zeros."""
+        """Return the first bytes of a row, so many, and make the others zeros; OSError if too many.
+
+        They are when a text is longer than its index said, as when the index could not be read.
+        """
         row = self._bytes[number]
+        if size > len(row):
+            raise OSError(f"it takes {size} bytes where its index promised {len(row)}")
         if size < len(row):
             row[size:] = 0
         return memoryview(row[:size])

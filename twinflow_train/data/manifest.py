@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,6 +19,8 @@ VERSION = 2
 NAME = "manifest.json"
 NULL = "null.safetensors"
 HOW_TO_BUILD = "build shards with a recipe, for example `python data/digits.py`"
+TAR = re.compile(r"[\w-]+\.tar", re.ASCII)
+"""What a shard's file is called."""
 LatentShape = tuple[int, ...]
 DTYPES = ("float32", "bfloat16", "float16")
 """The types that latents and embeddings may have."""
@@ -89,7 +92,7 @@ class ShardFile:
         shard = ShardFile(**{**said, "latent_shape": tuple(said["latent_shape"])})
         numbers = (shard.samples, shard.bytes, *shard.latent_shape)
         plain = all(type(number) is int and number > 0 for number in numbers)
-        if not plain or shard.file != PurePosixPath(shard.file).name:
+        if not plain or len(shard.latent_shape) != 3 or not TAR.fullmatch(shard.file):
             raise ValueError(f"shard {shard}")
         return shard
 
@@ -139,7 +142,7 @@ class Manifest:
             version = said["version"]
             if version == VERSION:
                 return Manifest._parse(said)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(
                 f"{place}: not a manifest of shards ({error!r}); build the set again"
             ) from error
@@ -151,7 +154,7 @@ class Manifest:
     @staticmethod
     def _parse(said: dict[str, Any]) -> Manifest:
         shards = tuple(map(ShardFile.of, said["shards"]))
-        if not shards:
-            raise ValueError("no shards")
+        if not shards or len({shard.file for shard in shards}) < len(shards):
+            raise ValueError("no shards, or two of one name")
         parts = {"about": About(**said["about"]), "form": Form.of(said["form"]), "shards": shards}
         return Manifest(**said | parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
@@ -95,11 +96,16 @@ class Remote:
 
         return copy
 
-    def whole(self) -> bytes:
-        """Return all of a small file."""
-        return self._kept(0, None)
+    def whole(self, sha256: str) -> bytes:
+        """Return all of a small file; only what has this SHA-256 is kept."""
+        found = self.cache.get(self.name) if self.cache else None
+        if found is None or hashlib.sha256(found).hexdigest() != sha256:
+            found = persistently(self.place.read, self.place, self.attempts)
+            if self.cache and hashlib.sha256(found).hexdigest() == sha256:
+                self.cache.put(self.name, found)
+        return found
 
-    def _kept(self, begin: int, end: int | None) -> bytes:
+    def _kept(self, begin: int, end: int) -> bytes:
         key = f"{self.name} {begin} {end}"
         found = self.cache.get(key) if self.cache else None
         if found is None:
@@ -108,9 +114,7 @@ class Remote:
                 self.cache.put(key, found)
         return found
 
-    def _fetch(self, begin: int, end: int | None) -> bytes:
-        if end is None:
-            return self.place.read()
+    def _fetch(self, begin: int, end: int) -> bytes:
         found = self.place.part(begin, end)
         if len(found) < end - begin:
             raise OSError(f"{len(found)} bytes came of {end - begin}")

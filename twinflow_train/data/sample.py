@@ -254,6 +254,9 @@ def layout(
 
 def _stored(entry: dict[str, Any], start: int, size: int) -> Stored:
     """Read what a header says of a tensor whose offsets count from `start`."""
+    numbers = (*entry["data_offsets"], *entry["shape"])
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"a tensor of shape {entry['shape']} at {entry['data_offsets']}")
     begin, end = (start + offset for offset in entry["data_offsets"])
     dtype, shape = TYPES[STORED[entry["dtype"]]], tuple(entry["shape"])
     if not start <= begin <= end <= size:

@@ -252,7 +252,7 @@ class ShardSet:
     def _whole(self, file: str, sha256: str) -> bytes:
         """Read a small file of a known checksum; UserError if it has another one."""
         place = self.place / file
-        found = place.read() if self.place.local else self._remote(file, sha256).whole()
+        found = place.read() if self.place.local else self._remote(file, sha256).whole(sha256)
         if (digest := hashlib.sha256(found).hexdigest()) != sha256:
             raise DataError(_unlike(place, digest, sha256))
         return found
@@ -270,7 +270,7 @@ def _entries(text: bytes, shard: ShardFile, place: Place) -> tuple[Entry, ...]:
     """Parse an index; DataError if it is none, or leads out of its shard."""
     try:
         found = tuple(_entry(row, shard) for row in json.loads(text))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{place}: not an index ({error}); build the set again") from error
     if len(found) != shard.samples:
         raise DataError(

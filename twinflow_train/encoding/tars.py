@@ -106,6 +106,8 @@ def _members(path: Path) -> dict[str, _Member]:
                     continue
                 name = PurePosixPath(member.name)
                 stem, _, suffix = name.name.partition(".")
+                if not stem:  # what file managers leave in folders, such as .DS_Store
+                    continue
                 suffix = suffix.lower()
                 if suffix.rpartition(".")[2] in PICKLES:
                     raise UserError(
