@@ -15,7 +15,10 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from tests.program import refused
-from tests.tiny import Tiny, tiny, write
+from tests.tiny import ABOUT, Tiny, tiny, write
+from twinflow_train.data.manifest import Manifest
+from twinflow_train.data.sample import Sample, form_of
+from twinflow_train.data.writing import write_null, write_shard
 from twinflow_train.dist import World
 from twinflow_train.errors import UserError
 from twinflow_train.launch import compose
@@ -247,3 +250,48 @@ def test_a_batch_is_dealt_to_the_ranks_or_refused(run: Tiny) -> None:
         assert found.deal(world).micro_steps == micro_steps
     with pytest.raises(UserError, match=r"batch = 24 does not divide by .* 4 x 4"):
         found.deal(World(rank=0, size=4, device=torch.device("cpu")))
+
+
+def set_of(folder: Path, *, width: int, latents: bool = True) -> Path:
+    """Write a set of one shard, whose texts have a width, with or without latents."""
+    text, shape = torch.randn(2, width), (1, 28, 28)
+    samples = [
+        Sample(
+            key=f"s{n}",
+            latent=torch.zeros(shape) if latents else None,
+            texts=[text],
+            captions=["a"],
+            fields={"label": n},
+        )
+        for n in range(10)
+    ]
+    folder.mkdir()
+    form = form_of(samples[0])
+    shard = write_shard(folder / "000000.tar", samples, form, latent_shape=shape)
+    null = write_null(folder, text)
+    Manifest(about=ABOUT, form=form, null_sha256=null, shards=(shard,)).write(folder)
+    return folder
+
+
+def test_prompts_without_images_are_for_image_free_training_alone(
+    run: Tiny, tmp_path: Path
+) -> None:
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    prompts = set_of(tmp_path / "prompts", width=8, latents=False)
+    words = [*run.words(tmp_path / "run"), f"data.path={prompts}", "evals=none"]
+    words = [word for word in words if not word.startswith("evals.")]
+    composed(*words, "objective=twinflow_image_free", "objective.guidance=4").check(world)
+    with pytest.raises(UserError, match=r"data\.path holds prompts.*twinflow_image_free"):
+        composed(*words).check(world)
+    with pytest.raises(UserError, match=r"data\.heldout holds prompts"):
+        composed(*words, f"data.path={run.folder / 'train'}", f"data.heldout={prompts}").check(
+            world
+        )
+
+
+def test_held_out_texts_of_another_width_are_refused(run: Tiny, tmp_path: Path) -> None:
+    wide = set_of(tmp_path / "wide", width=9)
+    words = [w for w in run.words(tmp_path / "run") if not w.startswith("evals.")]
+    found = composed(*words, "evals=none", f"data.heldout={wide}")
+    with pytest.raises(UserError, match=r"data\.heldout has texts of width 9.* of 8"):
+        found.check(World(rank=0, size=1, device=torch.device("cpu")))

@@ -136,9 +136,22 @@ class Run:
         """Refuse, before anything is written, what does not fit together: UserError."""
         self.deal(world)
         self.evals.check(self.data.held_out())
-        stream = self.data.stream(seed=self.seed, batch=self.batch)
-        for shape in (*stream.shapes, self.data.held_out().latent_shape):
-            self.model.check(shape, stream.sets[0].manifest.form.text_width)
+        stream, held_out = self.data.stream(seed=self.seed, batch=self.batch), self.data.held_out()
+        form, there = stream.sets[0].manifest.form, held_out.manifest.form
+        for shape in (*stream.shapes, held_out.latent_shape):
+            self.model.check(shape, form.text_width)
+        if form.latent_dtype == "none" and not self.objective.image_free:
+            raise UserError(
+                "data.path holds prompts without images: choose objective=twinflow_image_free, or "
+                "a set with latents"
+            )
+        if there.latent_dtype == "none":
+            raise UserError("data.heldout holds prompts without images: losses are measured there")
+        if (form.text_width, form.pooled_width) != (there.text_width, there.pooled_width):
+            raise UserError(
+                f"data.heldout has texts of width {there.text_width}, the training set of "
+                f"{form.text_width}: prepare both with the same encoders"
+            )
         if self.checkpoints is not None:
             refuse_unusable(self.checkpoints, empty=self.resume is Resume.never, world=world)
 
