@@ -15,7 +15,6 @@ from torch import Tensor
 
 from benchmarks.ablation import exported
 from twinflow_train.batch import Condition
-from twinflow_train.data.loader import Shards
 from twinflow_train.data.sample import Sample
 from twinflow_train.data.shards import ShardSet
 from twinflow_train.errors import UserError
@@ -103,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         configs = [configuration(folder) for folder in options.runs]
         data = {key: value for key, value in configs[0]["data"].items() if key != "_type"}
-        rows = prompts(Shards(**data).held_out())
+        rows = prompts(ShardSet(data["heldout"], option="data.heldout"))
         shown: list[Column] = []
         for block in blocks(configs, options.runs):
             drawn = columns(block, rows, noises=options.noises, seed=options.seed)
