@@ -165,7 +165,8 @@ def train(
         adam.step()
         decay = decay_at(objective.teacher_decay, step + 1)
         follow(averaged, parameters, decay, path=("toy", step))
-        result.delta_v.append(float(loss.metrics["delta_v/after"]))
+        if "delta_v/after" in loss.metrics:
+            result.delta_v.append(float(loss.metrics["delta_v/after"]))
     return result
 
 
