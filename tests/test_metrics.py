@@ -212,7 +212,8 @@ def test_a_name_is_only_a_name(run: Tiny, tracked: tuple[Path, str]) -> None:
 def test_errors_do_not_print_credentials(run: Tiny, tmp_path: Path) -> None:
     url = URL.replace("/base", "/missing")
     for key in ("data.path", "data.heldout", "init_from", "evals.judge", "model.layers"):
-        ended = run.program.run(*run.words(tmp_path / "run"), f"{key}='{url}'")
+        words = run.words(tmp_path / "run", "data.attempts=1")
+        ended = run.program.run(*words, f"{key}='{url}'")
         assert ended.code == 2, ended.err
         assert len(ended.errors) == 1, ended.err
         assert not [secret for secret in SECRETS if secret in ended.out + ended.err], key

@@ -33,7 +33,12 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
         "separate_means": True,
     },
     "twinflow_wide": {"delta": 0.1},
-    "twinflow_scratch": {"shares": Shares(local=2), "delta": 0.1, "distance": l2()},
+    "twinflow_scratch": {
+        "shares": Shares(local=2),
+        "delta": 0.1,
+        "guidance": 0.5,
+        "distance": l2(),
+    },
     "twinflow_lora_order1": {
         "shares": Shares(jump=0, direct=1),
         "order": 1,
