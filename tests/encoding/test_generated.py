@@ -123,3 +123,16 @@ def test_the_model_s_size_is_part_of_what_is_continued(tmp_path: Path, tiny: Pat
     with pytest.raises(UserError, match=r"images\.sampler\.steps was 3, now 4"):
         generated(tmp_path, tiny, sampler=Sampler(style=Style.multi, steps=4, guidance=3.0,
                                                   kumaraswamy=[1.17, 0.8, 1.1]))  # fmt: skip
+
+
+def test_a_set_goes_on_with_the_same_weights_from_anywhere(tmp_path: Path, tiny: Path) -> None:
+    generated(tmp_path, tiny)
+    moved = Path(shutil.copytree(tiny, tmp_path / "moved"))
+    assert len(generated(tmp_path, tiny, init_from=str(moved))) == 3
+    assert len(generated(tmp_path, tiny, init_from=str(moved / "transformer"))) == 3
+    (file,) = (moved / "transformer").glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"images\.weights was sha256:"):
+        generated(tmp_path, tiny, init_from=str(moved))

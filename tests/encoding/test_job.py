@@ -27,7 +27,7 @@ from twinflow_train.encoding.folder import Folder
 from twinflow_train.encoding.images import NoImages, Stored
 from twinflow_train.encoding.parquet import Parquet
 from twinflow_train.encoding.pictures import Size, load, scaled
-from twinflow_train.encoding.settings import KEEPING
+from twinflow_train.encoding.settings import KEEPING, settle
 from twinflow_train.encoding.tars import WebDataset
 from twinflow_train.engines.base import Precision
 from twinflow_train.errors import UserError
@@ -258,6 +258,14 @@ def test_a_set_is_not_continued_with_other_weights_but_from_anywhere(
     config.write_text(json.dumps(json.loads(config.read_text()) | {"latents_std": [2.0] * 16}))
     with pytest.raises(UserError, match=r"encoders\.revision was sha256:"):
         run(replace(prepared, encoders=QwenImageEncoders(path=str(moved))))
+
+
+def test_a_set_is_not_continued_on_another_kind_of_device(tmp_path: Path, tiny: Path) -> None:
+    prepared = settings(tmp_path / "set", tiny, source=Folder(path="pictures"))
+    here, there = (prepared.identity("r", device=torch.device(kind)) for kind in ("cpu", "cuda"))
+    settle(tmp_path, here)
+    with pytest.raises(UserError, match=r"encoders\.device was cpu, now cuda"):
+        settle(tmp_path, there)
 
 
 def test_what_does_not_go_together_is_refused_before_anything_is_made(

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from twinflow_train.batch import Condition
 from twinflow_train.encoding.images import Chosen, Latents, Ready
+from twinflow_train.errors import UserError
 from twinflow_train.flow.sampler import Sampler, Style, sample
 from twinflow_train.models.base import Model, VelocityNet, Weights
-from twinflow_train.models.codec import Codec
+from twinflow_train.models.codec import Codec, PipelineFolder
 from twinflow_train.rng import generator
 
 
@@ -35,6 +36,16 @@ class Generated(Chosen):
             style=Style.multi, steps=50, kumaraswamy=[1.17, 0.8, 1.1], guidance=4.0
         )
     )
+
+    def weights(self) -> str:
+        """Hash the files of the base's transformer; UserError if there are none."""
+        folder = Path(self.init_from)
+        if not folder.is_dir():
+            raise UserError(f"images.init_from: {folder} does not exist; give a diffusers folder")
+        inner = folder / "transformer"
+        found = inner if inner.is_dir() else folder
+        # Named alike from both places.
+        return PipelineFolder(found, found.name, None, (".",)).revision
 
     def open(self, codec: Codec, model: Model, device: torch.device) -> Latents:
         """Load the base beside the codec; UserError if it is missing or of another size."""

@@ -47,6 +47,10 @@ class Images(ABC):
     generates: ClassVar[bool] = False
     """Whether the base model makes them."""
 
+    def weights(self) -> str:
+        """Identify the weights that make the images, wherever they lie; empty if none do."""
+        return ""
+
     @abstractmethod
     def sizes_for(self, multiple: int) -> tuple[Size, ...]:
         """List the sizes that shards may have; UserError if `multiple` pixels do not divide one."""

@@ -56,7 +56,7 @@ class Job:
             keeping.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"folder: {keeping} cannot be made ({error.strerror})") from error
-        settle(keeping, settings.identity(self._encoders.revision))
+        settle(keeping, settings.identity(self._encoders.revision, device=self.worker.device))
         if not (keeping / PLAN).exists():
             self._plan()
         plan = Plan.read(keeping)

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from twinflow_train.data.manifest import VERSION
 from twinflow_train.encoding.images import Images
 from twinflow_train.encoding.sources import Source
@@ -71,17 +73,20 @@ class Preparation:
         """Where plan, settings and the shards' records are kept."""
         return Path(self.folder) / KEEPING
 
-    def identity(self, revision: str) -> dict[str, Any]:
+    def identity(self, revision: str, *, device: torch.device) -> dict[str, Any]:
         """Name what defines the set: how it is made; not by whom, how fast or where.
 
-        revision: of the encoders' weights, which may lie anywhere.
+        revision: of the encoders' weights, which may lie anywhere. device: on whose kind the type
+        in which they compute depends.
         """
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=lambda e: e.name))
         for key in ("folder", "batch", "loaders", "verify"):
             del plain[key]
         if not self.images.generates:
             del plain["model"]
-        plain["encoders"] = {"revision": revision}
+        plain["images"].pop("init_from", None)
+        plain["images"]["weights"] = self.images.weights()
+        plain["encoders"] = {"revision": revision, "device": device.type}
         for key in ("source", "images"):
             plain[key]["_type"] = type(self.__dict__[key]).__name__
         return dict(_flat(plain | {"format": VERSION}))
