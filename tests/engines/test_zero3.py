@@ -5,6 +5,7 @@ Each number of processes runs everything once; the tests look at what came out.
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -44,7 +45,7 @@ from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages
 from twinflow_train.engines.base import Engine, Precision, Sharded
 from twinflow_train.engines.optim import AdamW8bit, RAdam
-from twinflow_train.engines.zero3 import ZeRO3
+from twinflow_train.engines.zero3 import ShardedZeRO3, ZeRO3
 from twinflow_train.errors import UserError
 
 TOP = Path(__file__).parent.parent.parent
@@ -205,8 +206,12 @@ def begun(world: World) -> dict[str, Any]:
     """Look at engines before their first step: one computes in float32, the other does not."""
     found: dict[str, Any] = {}
     for precision in Precision if world.size == 2 else [Precision.fp32]:
+        before = alive()
         sharded = Trial.of(1, engine=zero3(precision=precision)).shard(world)
+        more = alive() - before
         found[precision.name] = {
+            "bytes": more - 4 * engine_module.AT_ONCE,
+            "numbers": numbers(sharded),
             "model": whole(sharded, "model"),
             "average": whole(sharded, "average"),
             "shapes": sharded.shapes(),
@@ -214,6 +219,24 @@ def begun(world: World) -> dict[str, Any]:
             "pieces": pieces(sharded),
         }
     return found
+
+
+def alive() -> int:
+    """Sum up the bytes of all real numbers that this process holds."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, torch.nn.Parameter)]
+    real = [t for t in tensors if t.is_floating_point() and not t.is_meta]
+    storages = [tensor.untyped_storage() for tensor in real]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def numbers(sharded: Sharded) -> tuple[int, int, int]:
+    """Count what this rank holds, padding included: trained, frozen, averaged."""
+    assert isinstance(sharded, ShardedZeRO3)
+    model, average = (sharded._networks[kind].parts for kind in ("model", "average"))
+    trained = sum(len(part.state) for part in model if part.moments)
+    frozen = sum(len(part.state) for part in model if not part.moments)
+    return trained, frozen, sum(len(part.state) for part in average)
 
 
 def teachers(world: World) -> dict[str, Any]:
@@ -383,6 +406,17 @@ def test_a_start_is_the_given_weights_in_float32(
     assert len(want) - len(trained) == 6
 
 
+@pytest.mark.parametrize(("precision", "each"), [("fp32", (20, 4, 4)), ("bf16", (18, 6, 6))])
+def test_a_number_takes_as_many_bytes_as_documented(
+    found: dict[int, list[Found]], precision: str, each: tuple[int, int, int]
+) -> None:
+    for rank in found[2]:
+        begun = rank.begun[precision]
+        assert begun["numbers"][0] > 10_000
+        want = sum(n * wide for n, wide in zip(begun["numbers"], each, strict=True))
+        assert begun["bytes"] == pytest.approx(want, rel=0.002)
+
+
 def assembled(parts: Iterable[Mapping[str, Piece]]) -> State:
     """Put the ranks' pieces together; every number has to be there once."""
     tensors: State = {}
@@ -490,7 +524,7 @@ SCRIPT = """
 from tests.engines.tools import Trial, run
 from twinflow_train import dist
 from twinflow_train.engines.optim import RAdam
-from twinflow_train.engines.zero3 import ZeRO3
+from twinflow_train.engines.zero3 import ShardedZeRO3, ZeRO3
 for _ in range(2):
     with dist.start() as world:
         run(Trial.of(8, engine=ZeRO3(), optim=RAdam()), world, steps=1)
