@@ -27,7 +27,7 @@ other; inside a subpackage imports are free."""
 
 CONFIGURES = ("run", "launch", *LAYERS[-1])
 OWNERS = {
-    "deepspeed": ("engines.zero3",),
+    "deepspeed": ("engines.zero3", "engines.zero3_setup"),
     "diffusers": ("models",),
     "fsspec": ("place",),
     "hydra": CONFIGURES,
