@@ -99,3 +99,28 @@ def test_what_only_another_engine_has_is_refused_by_key(
 ) -> None:
     words = run.words(tmp_path / "run", f"engine={engine}", f"engine.{key}=true")
     refused(run.program.run(*words), f"unknown key 'engine.{key}'", near)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("engine=fsdp2", "engine.shard_over=3"),
+            "engine.shard_over = 3 does not divide the 2 ranks of this job",
+        ),
+        (("engine=zero3", "micro_batch=8"), "batch = 8 does not divide by"),
+        (
+            ("engine=zero3", "engine.recompute=1", "engine.keep_products=true"),
+            "engine.keep_products does not work with engine=zero3",
+        ),
+        (("engine=zero3", "optim=adamw8bit"), "optim=adamw8bit does not work with engine=zero3"),
+    ],
+)
+def test_what_does_not_fit_ranks_or_engine_is_one_line_of_a_rank(
+    run: Tiny, tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    ended = run.program.run_group(2, *run.words(tmp_path / "run", *words))
+    assert [one.code for one in ended] == [2, 2]
+    lines = [line for one in ended for line in one.errors]
+    assert all(said in line and line.startswith("error: ") for line in lines), lines
+    assert len(lines) == 1 or "rank 1: " in lines[1]
