@@ -16,11 +16,12 @@ PIECE = 1 << 14
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for: bytes [begin, end) of a file, the whole of it where `end` is None."""
+    """What was asked for, and when: bytes [begin, end) of a file, all of it where `end` is None."""
 
     file: str
     begin: int
     end: int | None
+    when: float
 
 
 @dataclass
@@ -28,7 +29,9 @@ class Server:
     """Files of a folder under `url`.
 
     latency: seconds before each answer. rate: bytes a second, over all connections; 0: no limit.
-    broken: for a file, how often it fails: with status 500, or cut off in the middle.
+    ranges: whether it knows of them. errors, cuts: for a file, how often it fails: with status 500,
+    or in the middle of an answer. stalls: seconds before each answer, for a file. requests: all
+    that came; sent: bytes that left, the last of them at `last`.
     """
 
     folder: Path
@@ -40,6 +43,7 @@ class Server:
     stalls: dict[str, float] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     sent: int = 0
+    last: float = 0.0
     url: str = ""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _free: float = 0.0
@@ -47,10 +51,6 @@ class Server:
     def asked(self, suffix: str) -> list[Request]:
         """Return the requests for files whose names end so."""
         return [request for request in self.requests if request.file.endswith(suffix)]
-
-    def forget(self) -> None:
-        """Begin a new log."""
-        self.requests, self.sent = [], 0
 
     def due(self, faults: dict[str, int], file: str) -> bool:
         """Tell whether a file is to fail once more, and count it."""
@@ -62,12 +62,9 @@ class Server:
     def pace(self, count: int) -> None:
         """Wait until so many bytes may be sent."""
         with self._lock:
-            self.sent += count
-            if not self.rate:
-                return
             now = time.monotonic()
-            self._free = max(self._free, now) + count / self.rate
-            pause = self._free - now
+            self._free = max(self._free, now) + (count / self.rate if self.rate else 0.0)
+            self.sent, self.last, pause = self.sent + count, self._free, self._free - now
         time.sleep(pause)
 
 
@@ -107,7 +104,7 @@ def answer(handler: BaseHTTPRequestHandler, server: Server) -> None:
     file = handler.path.lstrip("/")
     asked = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range", ""))
     begin, end = (int(asked[1]), int(asked[2]) + 1) if asked and server.ranges else (0, None)
-    server.requests.append(Request(file, begin, end))
+    server.requests.append(Request(file, begin, end, time.monotonic()))
     time.sleep(server.latency + server.stalls.get(file, 0.0))
     path = server.folder / file
     if server.due(server.errors, file):

@@ -79,7 +79,8 @@ class Cache:
             if room:
                 with unfinished.open("r+b") as file:
                     file.writelines(parts)
-                unfinished.replace(path)
+                with self._counter():  # or who counts just then would see neither name
+                    unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
 
@@ -96,12 +97,11 @@ class Cache:
         """Throw away what was used longest ago until `most` bytes are left; return how many are."""
         taken, old, now = 0, [], time.time()
         for entry in os.scandir(self.folder):
-            with suppress(FileNotFoundError):  # another process has finished it just now
+            with suppress(FileNotFoundError):  # somebody tidies up
                 stat = entry.stat()
                 taken += stat.st_size
-                if entry.name.endswith(WHOLE) or (
-                    entry.name.endswith(UNFINISHED) and stat.st_mtime < now - ABANDONED
-                ):
+                abandoned = entry.name.endswith(UNFINISHED) and stat.st_mtime < now - ABANDONED
+                if entry.name.endswith(WHOLE) or abandoned:
                     old.append((stat.st_mtime_ns, stat.st_size, entry.path))
         for _, size, path in sorted(old):
             if taken <= most:

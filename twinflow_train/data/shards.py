@@ -35,6 +35,7 @@ from twinflow_train.place import Place, cause
 LAYOUTS = 4096
 """How many layouts of samples are remembered."""
 _REPAIR = "copy the file again or build the set again"
+_AGAIN = "start again when it answers, or raise data.attempts"
 
 
 class DataError(UserError):
@@ -103,7 +104,7 @@ class ShardSet:
             found = self._whole(NULL, self.manifest.null_sha256)
             return Condition.pad([safetensors.torch.load(found)["text.0"]])
         except OSError as error:
-            raise UserError(f"{place} cannot be read: {cause(error)}; {_REPAIR}") from error
+            raise UserError(self._unreadable(f"{place}", error)) from error
         except (SafetensorError, KeyError) as error:
             raise UserError(
                 f"{place}: not a null prompt ({error!r}); build the set again"
@@ -163,7 +164,7 @@ class ShardSet:
                 latent_shape=self.manifest.shards[number].latent_shape,
             )
         except (OSError, ValueError) as error:
-            raise self.fault(number, entry, cause(error)) from error
+            raise self.fault(number, entry, error) from error
 
     def copy(self, number: int, entry: Entry, room: Room, *, caption: int) -> None:
         """Copy the tensors of a shard's sample to where there is room, with one caption.
@@ -194,15 +195,20 @@ class ShardSet:
                 raise ValueError(f"it has {tokens} tokens, the index says {entry.tokens[chosen]}")
             found.copy(copy, room)
         except (OSError, ValueError) as error:
-            raise self.fault(number, entry, cause(error)) from error
+            raise self.fault(number, entry, error) from error
         if len(self._layouts) >= LAYOUTS:
             self._layouts.clear()
         self._layouts[like] = found
 
-    def fault(self, number: int, entry: Entry, reason: str) -> DataError:
+    def fault(self, number: int, entry: Entry, error: Exception) -> DataError:
         """Say that a shard's sample cannot be used."""
         where = self.place / self.manifest.shards[number].file
-        return DataError(f"{where}: sample {entry.key} cannot be read: {reason}; {_REPAIR}")
+        return DataError(self._unreadable(f"{where}: sample {entry.key}", error))
+
+    def _unreadable(self, what: str, error: Exception) -> str:
+        passing = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        advice = _AGAIN if passing and not self.place.local else _REPAIR
+        return f"{what} cannot be read: {cause(error)}; {advice}"
 
     def verify(self) -> None:
         """Compare every file with its checksum and every tar with its index, reading the whole set.
@@ -237,7 +243,7 @@ class ShardSet:
         try:
             return _entries(self._whole(shard.index, shard.index_sha256), shard, place)
         except OSError as error:
-            raise DataError(f"{place} cannot be read: {cause(error)}; {_REPAIR}") from error
+            raise DataError(self._unreadable(f"{place}", error)) from error
 
     def _open(self, number: int) -> File:
         """Open a shard; OSError if it is not what it was."""

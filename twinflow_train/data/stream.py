@@ -177,7 +177,8 @@ class Stream:
     def not_finite(self, ref: Ref, tensor: str) -> DataError:
         """Say that one of a sample's tensors is not finite."""
         one = self.sets[ref.set]
-        return one.fault(ref.shard, one.index(ref.shard)[ref.place], f"`{tensor}` is not finite")
+        error = ValueError(f"`{tensor}` is not finite")
+        return one.fault(ref.shard, one.index(ref.shard)[ref.place], error)
 
     def instead(self, ref: Ref) -> Sample:
         """Read another sample of the same set and shape, in place of one that cannot be used.
