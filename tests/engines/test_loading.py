@@ -100,10 +100,10 @@ def test_a_node_holds_hardly_more_than_the_model_while_it_loads(stored: Path, en
     assert len(parts) == 3
     assert pytest.approx(2e9, rel=0.05) == TOTAL
     peaks = spawn(load, RANKS, engine, str(stored), timeout_seconds=300)
-    assert 0.9 * TOTAL < sum(peaks) < ALLOWED * TOTAL  # with less this measures nothing
+    assert 0.8 * TOTAL < sum(peaks) < ALLOWED * TOTAL  # with less this measures nothing
 
 
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_random_weights_are_made_as_sparingly(engine: str) -> None:
     peaks = spawn(load, RANKS, engine, None, timeout_seconds=300)
-    assert 0.9 * TOTAL < sum(peaks) < ALLOWED * TOTAL
+    assert 0.8 * TOTAL < sum(peaks) < ALLOWED * TOTAL
