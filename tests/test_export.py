@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from tests.tiny import Tiny, tiny
 from twinflow_train.errors import UserError
 from twinflow_train.export import export
-from twinflow_train.models.base import WEIGHTS
 from twinflow_train.models.qwen_image import QwenImage
 from twinflow_train.models.two_times import TargetTime
+from twinflow_train.models.weights import WEIGHTS
 from twinflow_train.reporting import card
 from twinflow_train.run import model_of
 

@@ -17,8 +17,8 @@ from twinflow_train.data.manifest import About
 from twinflow_train.data.sample import Sample
 from twinflow_train.data.writing import write_shards
 from twinflow_train.evals.judge import fit_judge
-from twinflow_train.models.base import save_folder
 from twinflow_train.models.qwen_image import QwenImage
+from twinflow_train.models.weights import save_folder
 from twinflow_train.rng import generator
 
 WIDTH = 8

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from twinflow_train.checkpoint import choose, kinds, whole
 from twinflow_train.errors import UserError
-from twinflow_train.models.base import save_folder
+from twinflow_train.models.weights import save_folder
 from twinflow_train.reporting import card, summary
 from twinflow_train.run import model_of
 from twinflow_train.runfolder import read_manifest

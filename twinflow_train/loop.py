@@ -21,7 +21,7 @@ from twinflow_train.dist import World
 from twinflow_train.draws import Draws
 from twinflow_train.engines.base import Sharded
 from twinflow_train.evals.during import evaluate
-from twinflow_train.models.base import save_folder
+from twinflow_train.models.weights import save_folder
 from twinflow_train.reporting import card
 from twinflow_train.reporting.summary import conclude
 from twinflow_train.run import INTERRUPTED, Resume, Run

@@ -26,8 +26,9 @@ from twinflow_train.errors import UserError
 from twinflow_train.evals.health import Health
 from twinflow_train.evals.suite import Digits, Evals, NoEvals
 from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
-from twinflow_train.models.base import Model, Weights
+from twinflow_train.models.base import Model
 from twinflow_train.models.qwen_image import QwenImage
+from twinflow_train.models.weights import Weights
 from twinflow_train.objectives import presets
 from twinflow_train.objectives.twinflow import TwinFlow
 from twinflow_train.planner import cost
@@ -120,7 +121,7 @@ class Run:
         """Open the initial weights."""
         if self.init_from is None:
             return self.model.random_weights(self.seed)
-        return self.model.stored_weights(Path(self.init_from))
+        return self.model.stored_weights(Path(self.init_from), seed=self.seed)
 
     def about(self) -> list[dict[str, Any]]:
         """Say what there is to know about the data."""
@@ -139,7 +140,12 @@ class Run:
         stream, held_out = self.data.stream(seed=self.seed, batch=self.batch), self.data.held_out()
         form, there = stream.sets[0].manifest.form, held_out.manifest.form
         for shape in (*stream.shapes, held_out.latent_shape):
-            self.model.check(shape, form.text_width)
+            self.model.check(
+                shape,
+                form.text_width,
+                pooled_width=form.pooled_width,
+                references=form.references,
+            )
         if form.latent_dtype == "none" and not self.objective.image_free:
             raise UserError(
                 "data.path holds prompts without images: choose objective=twinflow_image_free, or "

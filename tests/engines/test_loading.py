@@ -17,9 +17,10 @@ from twinflow_train.engines.average import Averages
 from twinflow_train.engines.base import Engine
 from twinflow_train.engines.fsdp2 import FSDP2
 from twinflow_train.engines.zero3 import Network, ZeRO3
-from twinflow_train.models import base
-from twinflow_train.models.base import VelocityNet, Weights
+from twinflow_train.models import weights as weight_files
+from twinflow_train.models.base import VelocityNet
 from twinflow_train.models.qwen_image import QwenImage
+from twinflow_train.models.weights import Weights
 
 SIZE = QwenImage(layers=13, heads=16, head_dim=64, text_width=1024, rope=[16, 24, 24])
 RANKS, ALLOWED = 4, 1.3
@@ -89,8 +90,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, p in net.named_parameters()
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "SHARD_BYTES", 700 * 2**20)
-        base.save_folder(folder / "transformer", SIZE.config(), tensors)
+        patch.setattr(weight_files, "SHARD_BYTES", 700 * 2**20)
+        weight_files.save_folder(folder / "transformer", SIZE.config(), tensors)
     return folder
 
 

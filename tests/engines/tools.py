@@ -19,8 +19,9 @@ from twinflow_train.engines.average import Averages
 from twinflow_train.engines.base import Engine, Precision, Sharded
 from twinflow_train.engines.fsdp2 import FSDP2
 from twinflow_train.engines.optim import AdamW, Optim, RAdam
-from twinflow_train.models.base import RandomWeights, VelocityNet
-from twinflow_train.models.qwen_image import SECOND_EMBEDDER, QwenImage
+from twinflow_train.models.base import VelocityNet
+from twinflow_train.models.qwen_image import QwenImage
+from twinflow_train.models.weights import RandomWeights
 from twinflow_train.objectives.twinflow import TwinFlow
 from twinflow_train.rng import generator
 
@@ -50,7 +51,7 @@ def objective(**changes: Any) -> TwinFlow:
 
 def weights(seed: int = 0) -> RandomWeights:
     """Draw weights of which none is zero, so that every part works from the first step on."""
-    return RandomWeights(seed, _rule, SECOND_EMBEDDER)
+    return RandomWeights(seed, _rule, QwenImage.second.aliases())
 
 
 def _rule(name: str, shape: torch.Size) -> tuple[str, float]:

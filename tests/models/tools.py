@@ -11,8 +11,8 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
 from twinflow_train.batch import Condition
-from twinflow_train.models.base import Weights
 from twinflow_train.models.qwen_image import QwenImage, QwenImageNet
+from twinflow_train.models.weights import Weights
 
 SMALL = QwenImage(layers=2, heads=2, head_dim=8, text_width=12, channels=4, rope=[4, 2, 2])
 HEIGHT, WIDTH = 4, 6

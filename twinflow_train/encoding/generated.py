@@ -14,8 +14,9 @@ from twinflow_train.batch import Condition
 from twinflow_train.encoding.images import Chosen, Latents, Ready
 from twinflow_train.errors import UserError
 from twinflow_train.flow.sampler import Sampler, Style, sample
-from twinflow_train.models.base import Model, VelocityNet, Weights
+from twinflow_train.models.base import Model, VelocityNet
 from twinflow_train.models.codec import Codec, PipelineFolder
+from twinflow_train.models.weights import Weights
 from twinflow_train.rng import generator
 
 

@@ -16,7 +16,8 @@ from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages
 from twinflow_train.engines.optim import Optim
 from twinflow_train.errors import UserError, check
-from twinflow_train.models.base import Model, Weights
+from twinflow_train.models.base import Model
+from twinflow_train.models.weights import Weights
 
 
 class Precision(Enum):

@@ -25,7 +25,8 @@ from twinflow_train.engines.base import Engine, Span, evaluated, not_finite
 from twinflow_train.engines.optim import MOMENTS, Optim, Saved, set_rate, set_updates
 from twinflow_train.engines.recompute import recompute_every
 from twinflow_train.errors import UserError, check
-from twinflow_train.models.base import Model, VelocityNet, Weights
+from twinflow_train.models.base import Model, VelocityNet
+from twinflow_train.models.weights import Weights
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,8 @@ from twinflow_train.engines.optim import MOMENTS, AdamW8bit, Optim, set_rate, se
 from twinflow_train.engines.recompute import recompute_every
 from twinflow_train.engines.zero3_setup import cutter, join, settle
 from twinflow_train.errors import UserError
-from twinflow_train.models.base import Model, VelocityNet, Weights
+from twinflow_train.models.base import Model, VelocityNet
+from twinflow_train.models.weights import Weights
 
 AT_ONCE = 100_000_000
 """Numbers of which gradients are reduced, or weights updated, at once: each takes a buffer."""

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from twinflow_train.batch import Condition, Velocity
-from twinflow_train.errors import UserError
-from twinflow_train.models.base import (
-    Model,
-    RandomWeights,
-    StoredWeights,
-    VelocityNet,
-    freeze_unused,
-)
-from twinflow_train.models.two_times import ShiftedTime, TargetTime, TwoTimes, pack_times
-
-SECOND_EMBEDDER = {"time_text_embed_2.": "time_text_embed."}
-"""Released weights' name of the second time embedder, and where it starts from."""
+from twinflow_train.batch import Condition
+from twinflow_train.models.base import Model, VelocityNet, freeze_unused
+from twinflow_train.models.two_times import SecondEmbedder, pack_times
 
 
 @dataclass(kw_only=True)
@@ -31,11 +20,13 @@ class QwenImage(Model):
     """Qwen-Image's transformer; the defaults are the released 20.4B network.
 
     layers, heads, head_dim: transformer blocks, attention heads, width of a head.
-    text_width: width of the text embeddings (Qwen2.5-VL: 3584).
-    channels: latent channels; patch: side of the square of latents that becomes one token.
     rope: rotary dimensions for frame, height and width; they sum to head_dim.
-    target_time: how the target time enters.
+    For the others see `Model`.
     """
+
+    second: ClassVar[SecondEmbedder] = SecondEmbedder(
+        first="time_text_embed", name="time_text_embed_2", copied=True
+    )
 
     layers: int = 60
     heads: int = 24
@@ -44,7 +35,6 @@ class QwenImage(Model):
     channels: int = 16
     patch: int = 2
     rope: list[int] = field(default_factory=lambda: [16, 56, 56])
-    target_time: TargetTime = TargetTime.embedder
 
     def __post_init__(self) -> None:
         for key in ("layers", "heads", "head_dim", "text_width", "channels", "patch"):
@@ -57,10 +47,9 @@ class QwenImage(Model):
                 f"model.head_dim = {self.head_dim}, got {list(self.rope)}"
             )
 
-    def config(self) -> dict[str, object]:
-        """Give the stock class's configuration, as in its config.json, and whether times shift."""
-        shifted = {"target_time": "shift"} if self.target_time.shifts else {}
-        return shifted | {
+    def stock_config(self) -> dict[str, object]:
+        """Give the stock class's configuration as its config.json has it, with `_class_name`."""
+        return {
             "_class_name": "QwenImageTransformer2DModel",
             "patch_size": self.patch,
             "in_channels": self.channels * self.patch**2,
@@ -86,51 +75,13 @@ class QwenImage(Model):
         net.rebuild_constants()
         return net
 
-    def random_weights(self, seed: int) -> RandomWeights:
-        """Draw initial weights as diffusion transformers do: modulations and output are zero."""
-        return RandomWeights(seed, _initial, SECOND_EMBEDDER)
-
-    def stored_weights(self, folder: Path) -> StoredWeights:
-        """Open a diffusers folder of this size; UserError if it is missing or of another model."""
-        return StoredWeights(
-            folder,
-            config={"target_time": "embedder"} | self.config(),
-            names=self.build().stored_names().values(),
-            aliases=SECOND_EMBEDDER,
-        )
-
-    def pretrained(self, velocity: Velocity) -> Velocity:
-        """Ask with r = 0 where times are shifted by r / 2, else as it is."""
-
-        def own_clock(
-            x_t: Tensor, t: Float[Tensor, " b"], r: Float[Tensor, " b"], cond: Condition, /
-        ) -> Tensor:
-            return velocity(x_t, t, 0 * r, cond)
-
-        return own_clock if self.target_time.shifts else velocity
-
-    def check(self, latent: Sequence[int], text_width: int) -> None:
-        """Refuse latents (C, H, W) or text embeddings that do not fit this network."""
-        channels, height, width = latent
-        if channels != self.channels:
-            raise UserError(f"model.channels is {self.channels}, the data has {channels} channels")
-        if height % self.patch or width % self.patch:
-            raise UserError(
-                f"latents of {height}x{width} do not divide by model.patch = {self.patch}"
-            )
-        if text_width != self.text_width:
-            raise UserError(
-                f"model.text_width is {self.text_width}, the data's text has width {text_width}"
-            )
-
-
-def _initial(name: str, shape: torch.Size) -> tuple[str, float]:
-    """Choose a parameter's initial values by its stored name."""
-    if "_mod." in name or name.startswith(("norm_out.", "proj_out.")):
-        return "constant", 0.0
-    if len(shape) == 1:
-        return "constant", 0.0 if name.endswith("bias") else 1.0
-    return "normal", (2 / (shape[0] + shape[1])) ** 0.5
+    def initial(self, name: str, shape: torch.Size) -> tuple[str, float]:
+        """Start as diffusion transformers do: modulations and output are zero."""
+        if "_mod." in name or name.startswith(("norm_out.", "proj_out.")):
+            return "constant", 0.0
+        if len(shape) == 1:
+            return "constant", 0.0 if name.endswith("bias") else 1.0
+        return "normal", (2 / (shape[0] + shape[1])) ** 0.5
 
 
 class QwenImageNet(VelocityNet):
@@ -140,13 +91,11 @@ class QwenImageNet(VelocityNet):
         # Heavy, and the owner of the library: imported only where a network is built.
         from diffusers import QwenImageTransformer2DModel
 
-        super().__init__()
-        own = ("_class_name", "target_time")
-        config = {key: value for key, value in size.config().items() if key not in own}
-        self.stock = QwenImageTransformer2DModel(**config)
-        self.target_time = size.target_time
-        two = ShiftedTime if size.target_time.shifts else TwoTimes
-        self.stock.time_text_embed = two(self.stock.time_text_embed)
+        super().__init__(
+            QwenImageTransformer2DModel(**size.stock_arguments()),
+            second=size.second,
+            target_time=size.target_time,
+        )
         self.patch = size.patch
 
     def forward(
@@ -178,21 +127,6 @@ class QwenImageNet(VelocityNet):
         """Compute the rotary tables, which are plain attributes and stay on meta otherwise."""
         rope = self.stock.pos_embed
         self.stock.pos_embed = type(rope)(rope.theta, axes_dim=rope.axes_dim, scale_rope=True)
-
-    def keep_own_clock(self) -> None:
-        """Read t alone from now on where times are shifted: for a frozen teacher."""
-        if self.target_time is TargetTime.shift:
-            self.stock.time_text_embed.own_clock = True
-
-    def recompute(self, call: Callable[..., object]) -> None:
-        """Route each block's call in training through `call`, by the stock class's own switch."""
-        self.stock.enable_gradient_checkpointing(partial(call))
-
-    def stored_name(self, name: str) -> str:
-        """Name a parameter as the released TwinFlow-Qwen-Image weights do."""
-        name = name.removeprefix("stock.")
-        name = name.replace("time_text_embed.embed_r.", "time_text_embed_2.")
-        return name.replace("time_text_embed.embed.", "time_text_embed.")
 
 
 def pack(x: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b tokens width"]:

@@ -1,11 +1,17 @@
 """Two times through one stock transformer: its time embedder swapped for a pair of them."""
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from twinflow_train.models.weights import RandomWeights
+
+FRESH_STD = 0.02
 
 
 class TargetTime(Enum):
@@ -25,6 +31,31 @@ class TargetTime(Enum):
     def shifts(self) -> bool:
         """Whether there is but one embedder."""
         return self is not TargetTime.embedder
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecondEmbedder:
+    """A family's second time embedder.
+
+    first: name of the stock module that embeds times. name: what weight files call the second.
+    copied: it starts as a copy of the first; else with normal(0, 0.02) weights and zero biases.
+    """
+
+    first: str
+    name: str
+    copied: bool
+
+    def aliases(self) -> dict[str, str]:
+        """Map the second one's prefix to that of the weights it starts from."""
+        return {f"{self.name}.": f"{self.first}."} if self.copied else {}
+
+    def fresh(self, seed: int) -> Mapping[str, RandomWeights]:
+        """Give the weights it starts with if it is no copy, under its prefix."""
+        return {} if self.copied else {f"{self.name}.": RandomWeights(seed, _fresh, {})}
+
+
+def _fresh(name: str, shape: torch.Size) -> tuple[str, float]:
+    return ("constant", 0.0) if name.endswith("bias") else ("normal", FRESH_STD)
 
 
 PARTS = 3

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.models.tools import SMALL, filled, latents, save_stock, stock_model, texts
 from twinflow_train.errors import UserError
-from twinflow_train.models import base
-from twinflow_train.models.base import RandomWeights, save_folder
+from twinflow_train.models import weights as weight_files
 from twinflow_train.models.qwen_image import QwenImage
 from twinflow_train.models.two_times import TargetTime
+from twinflow_train.models.weights import RandomWeights, save_folder
 
 NAME = "transformer_blocks.1.attn.to_q.weight"
 PART = "diffusion_pytorch_model.safetensors"
@@ -227,7 +227,7 @@ def test_what_we_save_loads_in_the_stock_class(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several: bool
 ) -> None:
     if several:
-        monkeypatch.setattr(base, "SHARD_BYTES", 20_000)
+        monkeypatch.setattr(weight_files, "SHARD_BYTES", 20_000)
     save_stock(tmp_path / "from")
     net = filled(SMALL.stored_weights(tmp_path / "from"))
     tensors = {net.stored_name(name): p.detach() + 0.5 for name, p in net.named_parameters()}
@@ -257,7 +257,7 @@ def test_an_export_over_another_leaves_nothing_of_it(
 ) -> None:
     shapes = {name: p.shape for name, p in stock_model().named_parameters()}
     with monkeypatch.context() as small_parts:
-        small_parts.setattr(base, "SHARD_BYTES", 20_000)
+        small_parts.setattr(weight_files, "SHARD_BYTES", 20_000)
         save_folder(tmp_path, SMALL.config(), ((n, torch.zeros(s)) for n, s in shapes.items()))
     save_folder(tmp_path, SMALL.config(), ((n, torch.ones(s)) for n, s in shapes.items()))
     weights = SMALL.stored_weights(tmp_path)
