@@ -96,10 +96,10 @@ def test_only_what_it_should_be_is_kept_of_a_small_file(tmp_path: Path) -> None:
     file, good = tmp_path / "index.json", b"the index"
     digest = hashlib.sha256(good).hexdigest()
     cache = Cache(folder=tmp_path / "cache", limit=1_000)
-    remote = Remote(place=Place.of(file), name=digest, cache=cache, attempts=1)
+    remote = Remote(place=Place.of(file), sha256=digest, cache=cache, attempts=1)
     file.write_bytes(b"please log in")
-    assert remote.whole(digest) == b"please log in"
+    assert remote.whole() == b"please log in"
     file.write_bytes(good)
-    assert remote.whole(digest) == good
+    assert remote.whole() == good
     file.unlink()
-    assert remote.whole(digest) == good
+    assert remote.whole() == good

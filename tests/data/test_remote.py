@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,8 @@ from tests.data.ranks import Job, Seen, take, take_all, together
 from tests.data.server import Server, serve
 from tests.data.tools import Shard, make_shards
 from tests.helpers import spawn
+from twinflow_train.data import kept
+from twinflow_train.data.cache import Cache
 from twinflow_train.data.shards import DataError, ShardSet
 from twinflow_train.errors import UserError
 
@@ -109,6 +114,45 @@ def test_another_set_in_the_same_place_is_not_taken_from_the_cache(
             options = {**one.options, "path": moved.url}
             (seen,) = spawn(take, 1, Job(options=options, batch=8, steps=2))
         assert {key[0] for keys in seen.keys for key in keys} == {name}
+
+
+def test_a_set_that_lies_about_its_bytes_is_not_given_those_of_another(tmp_path: Path) -> None:
+    """Its manifest claims the checksum of the other's."""
+    cache = Cache(folder=tmp_path / "cache", limit=10**6)
+    make_shards(tmp_path / "honest", [((1, 2, 2), [2] * 4)])
+    lying = Path(shutil.copytree(tmp_path / "honest", tmp_path / "liar")) / "000000.tar"
+    lying.write_bytes(lying.read_bytes().replace(b"\x80\x3f", b"\x00\x40"))
+    with serve(tmp_path) as server:
+        sets = [ShardSet(f"{server.url}/{name}", cache=cache) for name in ("honest", "liar")]
+        for _ in range(2):
+            assert [float(one.read(1).image.mean()) for one in sets] == [1, 2]
+
+
+@pytest.mark.parametrize("file", ["000001.tar", "000001.index.json"])
+def test_a_shard_that_does_not_answer_costs_one_round_of_attempts_for_a_while(
+    server: Server, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.setattr(kept, "HELD", 2.0)
+    server.errors[file] = 3
+    shards = ShardSet(server.url, attempts=2)
+    wanted = range(shards.start(1), shards.start(2))
+    for index in wanted:
+        with pytest.raises(DataError, match="500"):
+            shards.read(index)
+    assert len(server.asked(file)) == 2
+    assert shards.read(0).key == "s-00000"
+    time.sleep(2.0)
+    assert [shards.read(index).key for index in wanted] == [f"s-{n:05d}" for n in wanted]
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_ranks_that_cannot_agree_on_an_order_end_alike(server: Server, on_error: str) -> None:
+    """They share a lane, and the index fails for one of them alone."""
+    server.errors["000003.index.json"] = 1
+    one = job(server.url, lanes=1, attempts=1, on_error=on_error, prefetch=0)
+    found = spawn(take, 2, one)
+    assert len({one.error for one in found}) == 1
+    assert re.search(r"000003\.index\.json cannot be read: .*; start again when", found[0].error)
 
 
 def test_a_server_without_ranges_is_refused(server: Server) -> None:

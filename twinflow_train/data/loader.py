@@ -178,6 +178,8 @@ class Shards:
         memory, ahead = Memory(), deque[list[_Micro]]()
         with self._threads(stream) as threads:
             coming = stream.plan(step, flat, groups=groups)
+            if threads:
+                stream.read_indexes(coming, threads.indexers)
             for then in count(step):
                 plan, coming = coming, stream.plan(then + 1, flat, groups=groups)
                 refs = iter(stream.rows(plan))

@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from twinflow_train.data.cache import Cache
+from twinflow_train.data.kept import Failed
 from twinflow_train.place import Place, cause
 
 log = logging.getLogger(__name__)
@@ -72,18 +73,20 @@ def _after(memories: Sequence[memoryview], count: int) -> list[memoryview]:
     return [memory for memory in rest if len(memory)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Remote:
     """A file behind a URL.
 
-    name: what its bytes are kept under, another one for other bytes. attempts: at each range, with
-    pauses that double, before its error is raised.
+    sha256: of all of it, as its set claims; with the place it names what is kept. attempts: at each
+    range, with pauses that double, before its error is raised. Then no range is asked for until a
+    while later: see `kept.HELD`.
     """
 
     place: Place
-    name: str
+    sha256: str
     cache: Cache | None
     attempts: int
+    _failed: Failed | None = None
 
     def part(self, begin: int, end: int) -> Copy:
         """Fetch bytes [begin, end), and return what copies them."""
@@ -96,31 +99,55 @@ class Remote:
 
         return copy
 
-    def whole(self, sha256: str) -> bytes:
-        """Return all of a small file; only what has this SHA-256 is kept."""
-        found = self.cache.get(self.name) if self.cache else None
-        if found is None or hashlib.sha256(found).hexdigest() != sha256:
+    def whole(self) -> bytes:
+        """Return all of a small file; only what has its SHA-256 is kept."""
+        found = self.cache.get(self._name) if self.cache else None
+        if found is None or not self._right(found):
             found = persistently(self.place.read, self.place, self.attempts)
-            if self.cache and hashlib.sha256(found).hexdigest() == sha256:
-                self.cache.put(self.name, found)
+            if self.cache and self._right(found):
+                self.cache.put(self._name, found)
         return found
 
+    def _right(self, found: bytes) -> bool:
+        return hashlib.sha256(found).hexdigest() == self.sha256
+
+    @property
+    def _name(self) -> str:
+        """What its bytes are kept under: another set may lie about what its own are."""
+        return f"{self.place} {self.sha256}"
+
     def _kept(self, begin: int, end: int) -> bytes:
-        key = f"{self.name} {begin} {end}"
+        key = f"{self._name} {begin} {end}"
         found = self.cache.get(key) if self.cache else None
         if found is None:
-            found = persistently(lambda: self._fetch(begin, end), self.place, self.attempts)
+            found = self._fetched(begin, end)
             if self.cache:
                 self.cache.put(key, found)
         return found
 
+    def _fetched(self, begin: int, end: int) -> bytes:
+        failed = self._failed
+        if failed:
+            failed.check()
+        try:
+            return persistently(lambda: self._fetch(begin, end), self.place, self.attempts)
+        except Short:  # the others may be there
+            raise
+        except OSError as error:
+            self._failed = Failed(error)
+            raise
+
     def _fetch(self, begin: int, end: int) -> bytes:
         found = self.place.part(begin, end)
         if len(found) < end - begin:
-            raise OSError(f"{len(found)} bytes came of {end - begin}")
+            raise Short(f"{len(found)} bytes came of {end - begin}")
         if len(found) > end - begin:
             raise ValueError(f"{len(found)} bytes came of {end - begin}: does it serve ranges?")
         return found
+
+
+class Short(OSError):
+    """A range of a file that does not have all of it."""
 
 
 def persistently(read: Callable[[], bytes], place: Place, attempts: int) -> bytes:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from twinflow_train.batch import Condition, Embedding
 from twinflow_train.data.manifest import DTYPES, Form, LatentShape
 from twinflow_train.data.ranges import Copy
 from twinflow_train.errors import UserError
@@ -94,6 +95,18 @@ class Sample:
         for kind, each in several.items():
             found |= {f"{kind}.{n}": tensor for n, tensor in enumerate(each)}
         return found
+
+
+def condition_of(samples: Sequence[Sample]) -> Condition:
+    """Return what samples are conditioned on, each on its first caption, in float32."""
+    rows = [
+        Embedding(one.text, one.pooled[0] if one.pooled else None).to("cpu", torch.float32)
+        for one in samples
+    ]
+    references = zip(*(one.references for one in samples), strict=True)
+    return replace(
+        Condition.of(rows), references=tuple(torch.stack(same).float() for same in references)
+    )
 
 
 def form_of(sample: Sample) -> Form:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import safetensors.torch
 from safetensors import SafetensorError
 
-from twinflow_train.batch import Condition
+from twinflow_train.batch import Condition, Embedding
 from twinflow_train.data.cache import Cache
 from twinflow_train.data.kept import Kept
 from twinflow_train.data.manifest import NAME, NULL, LatentShape, Manifest, ShardFile
@@ -40,6 +40,10 @@ _AGAIN = "start again when it answers, or raise data.attempts"
 
 class DataError(UserError):
     """A sample that cannot be used; the message names its shard, its key and the cause."""
+
+
+class Unreached(DataError):
+    """A file that cannot be read now, perhaps by this process alone; another time it may be."""
 
 
 class Entry(NamedTuple):
@@ -102,7 +106,9 @@ class ShardSet:
         place = self.place / NULL
         try:
             found = self._whole(NULL, self.manifest.null_sha256)
-            return Condition.pad([safetensors.torch.load(found)["text.0"]])
+            tensors, form = safetensors.torch.load(found), self.manifest.form
+            pooled = tensors["pooled.0"] if form.pooled_width else None
+            return Condition.of([Embedding(tensors["text.0"], pooled)])
         except OSError as error:
             raise UserError(self._unreadable(f"{place}", error)) from error
         except (SafetensorError, KeyError) as error:
@@ -206,8 +212,7 @@ class ShardSet:
         return DataError(self._unreadable(f"{where}: sample {entry.key}", error))
 
     def _unreadable(self, what: str, error: Exception) -> str:
-        passing = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-        advice = _AGAIN if passing and not self.place.local else _REPAIR
+        advice = _AGAIN if _passing(error) and not self.place.local else _REPAIR
         return f"{what} cannot be read: {cause(error)}; {advice}"
 
     def verify(self) -> None:
@@ -243,7 +248,8 @@ class ShardSet:
         try:
             return _entries(self._whole(shard.index, shard.index_sha256), shard, place)
         except OSError as error:
-            raise DataError(self._unreadable(f"{place}", error)) from error
+            kind = Unreached if _passing(error) else DataError
+            raise kind(self._unreadable(f"{place}", error)) from error
 
     def _open(self, number: int) -> File:
         """Open a shard; OSError if it is not what it was."""
@@ -258,14 +264,18 @@ class ShardSet:
     def _whole(self, file: str, sha256: str) -> bytes:
         """Read a small file of a known checksum; UserError if it has another one."""
         place = self.place / file
-        found = place.read() if self.place.local else self._remote(file, sha256).whole(sha256)
+        found = place.read() if self.place.local else self._remote(file, sha256).whole()
         if (digest := hashlib.sha256(found).hexdigest()) != sha256:
             raise DataError(_unlike(place, digest, sha256))
         return found
 
     def _remote(self, file: str, sha256: str) -> Remote:
         place = self.place / file
-        return Remote(place=place, name=sha256, cache=self._cache, attempts=self._attempts)
+        return Remote(place=place, sha256=sha256, cache=self._cache, attempts=self._attempts)
+
+
+def _passing(error: Exception) -> bool:
+    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
 
 
 def _unlike(place: Place, found: str, expected: str) -> str:

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from twinflow_train.data.manifest import LatentShape
 from twinflow_train.data.order import Order
 from twinflow_train.data.sample import Room, Sample
 from twinflow_train.data.schedule import had, turns
-from twinflow_train.data.shards import DataError, ShardSet
+from twinflow_train.data.shards import DataError, ShardSet, Unreached
 from twinflow_train.rng import digest
 
 TRIES = 8
@@ -148,18 +148,30 @@ class Stream:
 
         With `by_length`, among rows that are equal modulo `lanes` and in one group, texts become
         longer from row to row: so no sample leaves its lane, and rows that are close are alike.
+
+        Raises:
+            Unreached: an index that tells lengths cannot be read, perhaps by this rank alone, and
+                other ranks have some of its rows: they would choose other samples for theirs.
         """
         found: dict[int, Ref] = {}
+        mine = set(plan.wanted)
         for rows in plan.together:
+            tokens = partial(self.tokens, agreed=not mine.issuperset(rows))
             refs = (plan.refs[row] for row in rows)
-            found |= zip(rows, sorted(refs, key=self.tokens), strict=True)
+            found |= zip(rows, sorted(refs, key=tokens), strict=True)
         return [found[row] for row in plan.wanted]
 
-    def tokens(self, ref: Ref) -> int:
-        """Return the length of a sample's text; of one without an index 1: reading it tells why."""
+    def tokens(self, ref: Ref, *, agreed: bool = False) -> int:
+        """Return the length of a sample's text; of one without an index 1: reading it tells why.
+
+        Raises:
+            Unreached: its index cannot be read now, and all ranks have to be `agreed` on it.
+        """
         try:
             tokens = self.sets[ref.set].index(ref.shard)[ref.place].tokens
-        except DataError:
+        except DataError as error:
+            if agreed and isinstance(error, Unreached):
+                raise
             return 1
         return tokens[ref.caption % len(tokens)]
 

@@ -1,11 +1,11 @@
 """Shards are written here: a set at once, or shard by shard.
 
 Format version 2. A set is a folder of WebDataset tars `000000.tar`, ..., each with an index
-`000000.index.json`, the null prompt's embedding `null.safetensors` (tensor `text.0`) and
-`manifest.json`. In a tar each sample has two members: `KEY.safetensors` with `latent` (C, H, W),
-and one unpadded `text.N` (tokens, width) for each caption, and where the family wants them
-`pooled.N` (width,) and `reference.N` (C, H, W); and `KEY.json` with `captions` and free fields. All
-latents of a tar have one shape. Nothing is ever pickled.
+`000000.index.json`, the null prompt's embedding `null.safetensors` (`text.0`, and `pooled.0` where
+the family wants one) and `manifest.json`. In a tar each sample has two members: `KEY.safetensors`
+with `latent` (C, H, W), and one unpadded `text.N` (tokens, width) for each caption, and where the
+family wants them `pooled.N` (width,) and `reference.N` (C, H, W); and `KEY.json` with `captions`
+and free fields. All latents of a tar have one shape. Nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from webdataset import TarWriter
 
+from twinflow_train.batch import Embedding
 from twinflow_train.data.manifest import NULL, About, Form, LatentShape, Manifest, ShardFile
 from twinflow_train.data.sample import (
     Sample,
@@ -40,18 +41,19 @@ def write_shards(
     folder: Path | str,
     samples: Iterable[Sample],
     *,
-    null: Float[Tensor, "tokens width"],
+    null: Float[Tensor, "tokens width"] | Embedding,
     about: About,
     samples_per_shard: int = 500,
     overwrite: bool = False,
 ) -> ShardSet:
     """Write samples of one latent shape as a set, whole or not at all, and open it.
 
-    The same samples give the same bytes. `null` is the null prompt's token embedding.
+    The same samples give the same bytes. `null` is the null prompt's embedding.
 
     Raises:
         UserError: the folder exists (unless `overwrite`), or a sample, which is named, is not
-            finite, not like the first one, or has a key that cannot be a file name.
+            finite, not like the first one, or has a key that cannot be a file name; or the null
+            prompt is not embedded as samples are.
     """
     folder = Path(folder)
     if folder.exists() and not overwrite:
@@ -60,22 +62,32 @@ def write_shards(
     if first is None:
         raise UserError(f"{folder}: there are no samples to write")
     form, shape, rest = form_of(first), tuple(first.image.shape), chain([first], stream)
+    embedding = null if isinstance(null, Embedding) else Embedding(null)
+    if embedding.widths != (form.text_width, form.pooled_width):
+        raise UserError(
+            f"{folder}: the null prompt's embedding has widths {embedding.widths} (of a token, "
+            f"pooled), the samples' have {(form.text_width, form.pooled_width)}"
+        )
     with whole_folder(folder) as building:
         shards: list[ShardFile] = []
         while part := list(islice(rest, samples_per_shard)):
             path = building / f"{len(shards):06d}.tar"
             shards.append(write_shard(path, part, form, latent_shape=shape))
-        null_sha256 = write_null(building, null)
+        null_sha256 = write_null(building, embedding)
         Manifest(about=about, form=form, null_sha256=null_sha256, shards=tuple(shards)).write(
             building
         )
     return ShardSet(folder)
 
 
-def write_null(folder: Path, null: Float[Tensor, "tokens width"]) -> str:
-    """Write the null prompt's token embedding into a set's folder and return its SHA-256."""
+def write_null(folder: Path, null: Float[Tensor, "tokens width"] | Embedding) -> str:
+    """Write the null prompt's embedding into a set's folder and return its SHA-256."""
+    embedding = null if isinstance(null, Embedding) else Embedding(null)
+    tensors = {"text.0": embedding.tokens.contiguous()}
+    if embedding.pooled is not None:
+        tensors["pooled.0"] = embedding.pooled.contiguous()
     # Not save_file, whose files only their owner may read.
-    found = safetensors.torch.save({"text.0": null.contiguous()})
+    found = safetensors.torch.save(tensors)
     with whole_file(folder / NULL) as unfinished:
         unfinished.write_bytes(found)
     return hashlib.sha256(found).hexdigest()
