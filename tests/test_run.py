@@ -293,5 +293,5 @@ def test_held_out_texts_of_another_width_are_refused(run: Tiny, tmp_path: Path) 
     wide = set_of(tmp_path / "wide", width=9)
     words = [w for w in run.words(tmp_path / "run") if not w.startswith("evals.")]
     found = composed(*words, "evals=none", f"data.heldout={wide}")
-    with pytest.raises(UserError, match=r"data\.heldout has texts of width 9.* of 8"):
+    with pytest.raises(UserError, match=r"data\.heldout has texts of width 9 .* of 8"):
         found.check(World(rank=0, size=1, device=torch.device("cpu")))

@@ -15,6 +15,30 @@ Rows = slice | Tensor
 """Selects rows of a batch: a slice, or a vector of row indices."""
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """What a text encoder makes of one prompt.
+
+    tokens: their embeddings, without padding. pooled: of the whole, for families that want one.
+    """
+
+    tokens: Float[Tensor, "tokens width"]
+    pooled: Float[Tensor, " pooled"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The widths of a token and of the pooled embedding, 0 where there is none."""
+        return self.tokens.shape[-1], 0 if self.pooled is None else len(self.pooled)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Embedding:
+        """Move and cast both."""
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
+        return Embedding(self.tokens.to(device, dtype), pooled)
+
+
 @dataclass(kw_only=True)
 class Condition:
     """What an image is conditioned on, one row a sample.
@@ -72,6 +96,14 @@ class Condition:
         return Condition(tokens=tokens, mask=None if bool(mask.all()) else mask)
 
     @staticmethod
+    def of(rows: Sequence[Embedding]) -> Condition:
+        """Stack embeddings, padding the tokens to the longest."""
+        found = Condition.pad([row.tokens for row in rows])
+        if rows[0].pooled is None:
+            return found
+        return replace(found, pooled=torch.stack([_some(row.pooled) for row in rows]))
+
+    @staticmethod
     def cat(parts: Sequence[Condition]) -> Condition:
         """Concatenate along rows, padding the tokens to the longest part."""
         if len(parts) == 1:
@@ -109,7 +141,7 @@ class Condition:
 
 
 def _some(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None, "either every part has a pooled embedding or none has"
+    assert tensor is not None, "either every row has a pooled embedding or none has"
     return tensor
 
 

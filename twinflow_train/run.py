@@ -155,8 +155,9 @@ class Run:
             raise UserError("data.heldout holds prompts without images: losses are measured there")
         if (form.text_width, form.pooled_width) != (there.text_width, there.pooled_width):
             raise UserError(
-                f"data.heldout has texts of width {there.text_width}, the training set of "
-                f"{form.text_width}: prepare both with the same encoders"
+                f"data.heldout has texts of width {there.text_width} (pooled: "
+                f"{there.pooled_width}), the training set of {form.text_width} (pooled: "
+                f"{form.pooled_width}): prepare both with the same encoders"
             )
         if self.checkpoints is not None:
             refuse_unusable(self.checkpoints, empty=self.resume is Resume.never, world=world)

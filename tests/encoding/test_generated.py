@@ -55,7 +55,8 @@ def generated(tmp_path: Path, tiny: Path, name: str = "set", **changes: Any) -> 
 def by_hand(tiny: Path, number: int, *, seed: int = 0) -> Tensor:
     """Step one prompt from its noise to its latent with the stock transformer."""
     stock = QwenImageTransformer2DModel.from_pretrained(tiny / "transformer")
-    prompt, null = codec(tiny).embed([PROMPTS[number], "Generate an image."], at_once=1)
+    found = codec(tiny).embed([PROMPTS[number], "Generate an image."], at_once=1)
+    prompt, null = (embedding.tokens for embedding in found)
     x = torch.randn(16, 8, 4, generator=generator("prepare", "start", seed, number))[None].double()
 
     def velocity(t: float, text: Tensor) -> Tensor:

@@ -77,9 +77,9 @@ def test_a_folder_becomes_a_set_whose_samples_are_its_pictures(
         for caption, text in zip(captions, stock.embed(captions, at_once=1), strict=True):
             read = shards.read(index, caption=captions.index(caption))
             assert read.caption == caption
-            torch.testing.assert_close(read.text.float(), text, rtol=0.01, atol=0.01)
+            torch.testing.assert_close(read.text.float(), text.tokens, rtol=0.01, atol=0.01)
     assert found.keys() == set(range(11))
-    null = stock.embed([stock.null_prompt], at_once=1)[0].bfloat16().float()
+    null = stock.embed([stock.null_prompt], at_once=1)[0].tokens.bfloat16()
     assert torch.equal(shards.null.tokens[0], null)
 
 

@@ -56,7 +56,8 @@ def test_a_prompt_is_embedded_as_the_stock_pipeline_embeds_it(
     for prompt, ours in zip(PROMPTS, codec.embed(PROMPTS, at_once=1), strict=True):
         theirs, mask = stock.encode_prompt(prompt)
         assert mask is None
-        assert torch.equal(ours, theirs[0])
+        assert torch.equal(ours.tokens, theirs[0])
+        assert ours.pooled is None
 
 
 @torch.no_grad()
@@ -67,8 +68,8 @@ def test_prompts_that_are_encoded_together_come_unpadded_and_in_order(
     assert mask is not None
     for at_once in (2, 3, 4, 9):
         for row, ours in enumerate(codec.embed(PROMPTS, at_once=at_once)):
-            assert ours.shape == (int(mask[row].sum()), codec.text_width)
-            torch.testing.assert_close(ours, theirs[row, : len(ours)], rtol=1e-4, atol=1e-5)
+            assert ours.tokens.shape == (int(mask[row].sum()), codec.text_width)
+            torch.testing.assert_close(ours.tokens, theirs[row, : len(ours)], rtol=1e-4, atol=1e-5)
     assert codec.embed([], at_once=4) == []
 
 
@@ -236,7 +237,8 @@ def test_on_a_gpu_it_computes_in_bfloat16_near_the_cpu(codec: QwenImageCodec, fo
     torch.testing.assert_close(latents.cpu(), codec.encode(images), rtol=0.1, atol=0.05)
     decoded = on_gpu.decode(latents).cpu()
     torch.testing.assert_close(decoded, codec.decode(latents.cpu()), rtol=0.1, atol=0.1)
-    texts = on_gpu.embed(PROMPTS, at_once=4)
+    texts = [one.tokens for one in on_gpu.embed(PROMPTS, at_once=4)]
     assert {text.dtype for text in texts} == {torch.bfloat16}
     for text, own in zip(texts, codec.embed(PROMPTS, at_once=4), strict=True):
-        assert float((text.cpu().float() - own).norm() / own.norm()) < 0.05
+        gap = (text.cpu().float() - own.tokens).norm()
+        assert float(gap / own.tokens.norm()) < 0.05

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from twinflow_train.batch import Condition
+from twinflow_train.batch import Condition, Embedding
 from twinflow_train.encoding.images import Chosen, Latents, Ready
 from twinflow_train.errors import UserError
 from twinflow_train.flow.sampler import Sampler, Style, sample
@@ -51,17 +51,21 @@ class Generated(Chosen):
     def open(self, codec: Codec, model: Model, device: torch.device) -> Latents:
         """Load the base beside the codec; UserError if it is missing or of another size."""
         for size in self.sizes:
-            model.check(codec.latent_shape(*size), codec.text_width)
+            model.check(
+                codec.latent_shape(*size), codec.text_width, pooled_width=codec.pooled_width
+            )
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         weights = model.stored_weights(Path(self.init_from))
         velocity = model.pretrained(filled(model, weights, device=device, dtype=dtype))
-        null = Condition.pad([codec.embed([codec.null_prompt], at_once=1)[0].float()])
+        null = Condition.of(
+            [one.to(device, torch.float32) for one in codec.embed([codec.null_prompt], at_once=1)]
+        )
 
         def noise(name: str, number: int, *path: int, shape: Sequence[int]) -> Tensor:
             draw = generator("prepare", name, self.seed, number, *path)
             return torch.randn(*shape, generator=draw)
 
-        def latents(batch: Sequence[Ready], texts: Sequence[Tensor]) -> Sequence[Tensor]:
+        def latents(batch: Sequence[Ready], texts: Sequence[Embedding]) -> Sequence[Tensor]:
             numbers = [each.item.number for each in batch]
             shape = codec.latent_shape(*batch[0].size)
             start = torch.stack([noise("start", n, shape=shape) for n in numbers])
@@ -69,7 +73,7 @@ class Generated(Chosen):
             def eps(step: int) -> Tensor:
                 return torch.stack([noise("eps", n, step, shape=shape) for n in numbers])
 
-            cond = Condition.pad([text.float() for text in texts]).to(device)
+            cond = Condition.of([text.to(device, torch.float32) for text in texts]).to(device)
             return list(
                 sample(
                     velocity, start.to(device), cond, self.sampler, null=null.to(device), eps=eps

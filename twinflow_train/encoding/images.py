@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from twinflow_train.batch import Embedding
 from twinflow_train.encoding.pictures import Size, buckets, choose, load, scaled
 from twinflow_train.encoding.sources import Content, Item, Reader
 from twinflow_train.errors import UserError, check
@@ -29,10 +30,7 @@ class Ready:
     pixels: UInt8[Tensor, "3 h w"] | None = None
 
 
-Latents = Callable[
-    [Sequence[Ready], Sequence[Float[Tensor, "_ width"]]],
-    Sequence[Float[Tensor, "c h w"] | None],
-]
+Latents = Callable[[Sequence[Ready], Sequence[Embedding]], Sequence[Float[Tensor, "c h w"] | None]]
 """Makes the latents of items of one size; also gets the embedding of each one's first caption."""
 
 
@@ -110,7 +108,7 @@ class Stored(Images):
     def open(self, codec: Codec, model: Model, device: torch.device) -> Latents:
         """Encode with the codec."""
 
-        def latents(batch: Sequence[Ready], texts: Sequence[Tensor]) -> Sequence[Tensor]:
+        def latents(batch: Sequence[Ready], texts: Sequence[Embedding]) -> Sequence[Tensor]:
             pixels = [each.pixels for each in batch if each.pixels is not None]
             return list(codec.encode(scaled(torch.stack(pixels).to(device))))
 

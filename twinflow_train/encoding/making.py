@@ -10,8 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from twinflow_train.data.manifest import Form, ShardFile
 from twinflow_train.data.sample import Sample
 from twinflow_train.data.writing import write_shard
@@ -114,15 +112,18 @@ class Maker:
     def _encoded(self, batch: Sequence[Ready]) -> Iterator[Sample]:
         """Encode items of one size."""
         captions = [caption for each in batch for caption in each.captions]
-        texts = iter(self.codec.embed(captions, at_once=self.settings.batch))
-        embedded = [list(islice(texts, len(each.captions))) for each in batch]
+        found = iter(self.codec.embed(captions, at_once=self.settings.batch))
+        embedded = [list(islice(found, len(each.captions))) for each in batch]
         latents = self.latents(batch, [of_item[0] for of_item in embedded])
+        stored = self.settings.texts.dtype
         for each, own, latent in zip(batch, embedded, latents, strict=True):
+            texts = [embedding.to("cpu", stored) for embedding in own]
             original = {} if each.original is None else {"original_size": list(each.original)}
             yield Sample(
                 key=key_of(each.item.number),
-                latent=None if latent is None else _stored(latent, self.settings.latents),
-                texts=[_stored(text, self.settings.texts) for text in own],
+                latent=None if latent is None else latent.to("cpu", self.settings.latents.dtype),
+                texts=[text.tokens for text in texts],
+                pooled=[text.pooled for text in texts if text.pooled is not None],
                 captions=each.captions,
                 fields={"source": each.item.name, "size": list(each.size), **original},
             )
@@ -139,6 +140,7 @@ def form(settings: Preparation, codec: Codec) -> Form:
         latent_dtype=_name(settings.latents) if settings.images.latents else "none",
         text_width=codec.text_width,
         text_dtype=_name(settings.texts),
+        pooled_width=codec.pooled_width,
     )
 
 
@@ -146,13 +148,8 @@ def _name(precision: Precision) -> str:
     return str(precision.dtype).removeprefix("torch.")
 
 
-def _stored(tensor: Tensor, precision: Precision) -> Tensor:
-    return tensor.to("cpu", precision.dtype)
-
-
 def _finite(sample: Sample) -> bool:
-    tensors = [*sample.texts, *([] if sample.latent is None else [sample.latent])]
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    return all(bool(tensor.isfinite().all()) for tensor in sample.tensors().values())
 
 
 def _skip(item: Item, reason: str) -> Skipped:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from twinflow_train.batch import Condition, Velocity
+from twinflow_train.data.sample import condition_of
 from twinflow_train.data.shards import ShardSet
 from twinflow_train.dist import World
 from twinflow_train.evals.deal import Deal
@@ -55,7 +56,7 @@ class Health:
         """Return each row's mean squares, numerators and then denominators, (rows, 6)."""
         found = [heldout.read(row % len(heldout)) for row in rows]
         data = torch.stack([sample.image.float() for sample in found]).to(world.device)
-        cond = Condition.pad([sample.text.float() for sample in found]).to(world.device)
+        cond = condition_of(found).to(world.device)
         z = _draw("health", data, rows, seed).to(world.device)
         # The student's passes are one call each: every rank makes them alike.
         one = torch.ones(len(rows), device=world.device)

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from twinflow_train.batch import Condition, Velocity
+from twinflow_train.batch import Velocity
+from twinflow_train.data.sample import condition_of
 from twinflow_train.data.shards import ShardSet
 from twinflow_train.dist import World
 from twinflow_train.evals.deal import Deal
@@ -47,7 +48,7 @@ def _losses(
     )
     data, noise = data.to(world.device), noise.to(world.device)
     t, r = (time.to(world.device) for time in _times(rows))
-    cond = Condition.pad([sample.text.float() for sample in found]).to(world.device)
+    cond = condition_of(found).to(world.device)
     with torch.no_grad():
         error = velocity(interpolate(data, noise, t), t, r, cond).float() - (noise - data)
     return error.square().flatten(1).mean(1)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twinflow_train.batch import Condition, Velocity
-from twinflow_train.data.sample import Sample
+from twinflow_train.data.sample import Sample, condition_of
 from twinflow_train.data.shards import ShardSet
 from twinflow_train.dist import World
 from twinflow_train.errors import UserError
@@ -218,8 +218,8 @@ class _Exam:
                 numbers=numbers,
                 seed=self.suite.seed,
                 noise=_noise("eval", self.suite.seed, numbers).to(self.deal.world.device),
-                cond=Condition.pad(
-                    [_prompt(self.suite, self.heldout, number).text.float() for number in numbers]
+                cond=condition_of(
+                    [_prompt(self.suite, self.heldout, number) for number in numbers]
                 ).to(self.deal.world.device),
             )
             for numbers in self.deal.chunks(self.suite.batch)

@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jaxtyping import Float
 from torch import Tensor
 
+from twinflow_train.batch import Embedding
 from twinflow_train.errors import UserError, listed
 from twinflow_train.files import sha256
 
@@ -32,12 +33,13 @@ class Codec(ABC):
 
     null_prompt: the prompt that stands for "no prompt".
     multiple: pixels that heights and widths must be multiples of.
-    text_width: width of a token's embedding.
+    text_width: width of a token's embedding; pooled_width: of a prompt's pooled one, 0 for none.
     """
 
     null_prompt: str
     multiple: int
     text_width: int
+    pooled_width: int = 0
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -52,8 +54,8 @@ class Codec(ABC):
         """Turn normalised latents into pictures in [-1, 1], in float32."""
 
     @abstractmethod
-    def embed(self, prompts: Sequence[str], *, at_once: int) -> list[Float[Tensor, "_ width"]]:
-        """Return each prompt's unpadded embedding (tokens, width), encoding `at_once` a time."""
+    def embed(self, prompts: Sequence[str], *, at_once: int) -> list[Embedding]:
+        """Return each prompt's embedding, encoding `at_once` a time."""
 
 
 @dataclass(kw_only=True)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
 
+from twinflow_train.batch import Embedding
 from twinflow_train.errors import UserError
 from twinflow_train.models.codec import Codec, Encoders, PipelineFolder, find_pipeline
 
@@ -96,12 +97,12 @@ class QwenImageCodec(Codec):
         return images.squeeze(2).float()
 
     @torch.no_grad()
-    def embed(self, prompts: Sequence[str], *, at_once: int) -> list[Float[Tensor, "_ width"]]:
-        """Return each prompt's unpadded embedding (tokens, width), encoding `at_once` a time.
+    def embed(self, prompts: Sequence[str], *, at_once: int) -> list[Embedding]:
+        """Return each prompt's embedding, encoding `at_once` a time.
 
         Prompts of like length go together: padding costs as much as words.
         """
-        found: dict[int, Tensor] = {}
+        found: dict[int, Embedding] = {}
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         for start in range(0, len(order), at_once):
             numbers = order[start : start + at_once]
@@ -109,5 +110,6 @@ class QwenImageCodec(Codec):
                 [prompts[number] for number in numbers], device=self._device
             )
             for row, number in enumerate(numbers):
-                found[number] = tokens[row] if mask is None else tokens[row][mask[row].bool()]
+                own = tokens[row] if mask is None else tokens[row][mask[row].bool()]
+                found[number] = Embedding(own)
         return [found[number] for number in range(len(prompts))]
