@@ -87,9 +87,12 @@ class Model(ABC):
     channels: of a latent; patch: side of the square of latents that becomes one token.
     text_width: width of the text embeddings.
     target_time: how the target time enters.
+    second: the family's second time embedder. lora_targets: stock linear layers that a LoRA adapts
+    if the configuration names none, by the ends of their names.
     """
 
     second: ClassVar[SecondEmbedder]
+    lora_targets: ClassVar[tuple[str, ...]]
 
     channels: int
     patch: int

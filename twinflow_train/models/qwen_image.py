@@ -27,6 +27,14 @@ class QwenImage(Model):
     second: ClassVar[SecondEmbedder] = SecondEmbedder(
         first="time_text_embed", name="time_text_embed_2", copied=True
     )
+    # All of attention and both streams' MLPs. The modulations, a third of the network, see nothing
+    # but the time.
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("img_mlp.net.0.proj", "img_mlp.net.2"),
+        *("txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    )
 
     layers: int = 60
     heads: int = 24
