@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models.normalization import AdaLayerNormSingle
 from diffusers.models.transformers.transformer_qwenimage import QwenTimestepProjEmbeddings
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from twinflow_train.models.two_times import ShiftedTime, TwoTimes, pack_times, unpack_times
+from twinflow_train.models.two_times import (
+    Clock,
+    ShiftedTime,
+    TwoTimes,
+    own_time,
+    pack_times,
+    thousandths,
+    unpack_times,
+)
 
 SMALLEST_EXACT = 2.0**-110
 """Below it the last of a float32's 24 bits is under the smallest bfloat16."""
@@ -24,9 +33,9 @@ def stock_embedder(seed: int = 0) -> nn.Module:
         return embedder
 
 
-def two_times(*, unit: float = 1.0) -> TwoTimes:
+def two_times(*, clock: Clock = own_time) -> TwoTimes:
     """Two embedders that differ, as after some training."""
-    both = TwoTimes(stock_embedder(), unit=unit)
+    both = TwoTimes(stock_embedder(), clock=clock)
     both.embed_r.load_state_dict(stock_embedder(1).state_dict())
     return both
 
@@ -67,7 +76,7 @@ def test_off_the_diagonal_the_second_embedder_comes_in_by_the_gap() -> None:
 
 
 def test_times_are_scaled_to_the_stock_embedders_unit() -> None:
-    thousand, hidden = two_times(unit=1000), torch.zeros(3, 1)
+    thousand, hidden = two_times(clock=thousandths), torch.zeros(3, 1)
     t, r = torch.tensor([0.25, 0.5, 1.0]), torch.tensor([0.125, 0.0, 1.0])
     expected: Tensor = thousand.embed(1000 * t, hidden)
     expected = expected + (t - r)[:, None] * thousand.embed_r(1000 * r, hidden)
@@ -83,6 +92,20 @@ def test_the_second_embedder_starts_as_a_copy_with_parameters_of_its_own() -> No
         assert torch.equal(first, second)
 
 
+def test_of_an_embedder_that_gives_several_tensors_each_is_such_a_sum() -> None:
+    both = TwoTimes(AdaLayerNormSingle(16), clock=thousandths)
+    for parameter in both.embed_r.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    t, r = torch.tensor([0.25, 0.5, 1.0]), torch.tensor([0.125, 0.0, 1.0])
+    named = {"batch_size": 3, "hidden_dtype": torch.float32}
+    found = both(pack_times(t, r), **named)
+    first, second = both.embed(1000 * t, **named), both.embed_r(1000 * r, **named)
+    assert [part.shape for part in found] == [(3, 96), (3, 16)]
+    for sums, a, b in zip(found, first, second, strict=True):
+        torch.testing.assert_close(sums, a + (t - r)[:, None] * b)
+        assert torch.equal(sums[2], a[2])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_embedding_has_the_type_of_the_network(dtype: torch.dtype) -> None:
     t = torch.tensor([0.4])
@@ -91,7 +114,7 @@ def test_the_embedding_has_the_type_of_the_network(dtype: torch.dtype) -> None:
 
 
 def test_shifted_times_go_through_the_one_embedder() -> None:
-    shifted, context = ShiftedTime(stock_embedder(), unit=1.0), torch.zeros(3, 16)
+    shifted, context = ShiftedTime(stock_embedder()), torch.zeros(3, 16)
     t, r = torch.tensor([1.0, 0.5, -0.7]), torch.tensor([0.0, 0.5, -0.7])
     want = stock_embedder()(t - r / 2, context)
     assert torch.equal(shifted(pack_times(t, r), context), want)

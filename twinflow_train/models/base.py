@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from twinflow_train.batch import Condition, Velocity
 from twinflow_train.errors import UserError
-from twinflow_train.models.two_times import SecondEmbedder, ShiftedTime, TargetTime, TwoTimes
+from twinflow_train.models.two_times import (
+    Clock,
+    SecondEmbedder,
+    ShiftedTime,
+    TargetTime,
+    TwoTimes,
+    own_time,
+)
 from twinflow_train.models.weights import RandomWeights, StoredWeights, Weights
 
 OWN_KEYS = ("_class_name", "target_time")
@@ -29,14 +36,19 @@ class VelocityNet(nn.Module, ABC):
     """
 
     def __init__(
-        self, stock: nn.Module, *, second: SecondEmbedder, target_time: TargetTime, unit: float = 1
+        self,
+        stock: nn.Module,
+        *,
+        second: SecondEmbedder,
+        target_time: TargetTime,
+        clock: Clock = own_time,
     ) -> None:
         super().__init__()
         self.stock: Any = stock
         self.second, self.target_time = second, target_time
         first = stock.get_submodule(second.first)
         two = ShiftedTime if target_time.shifts else TwoTimes
-        stock.set_submodule(second.first, two(first, unit=unit), strict=True)
+        stock.set_submodule(second.first, two(first, clock=clock), strict=True)
 
     @abstractmethod
     def forward(

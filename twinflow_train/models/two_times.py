@@ -1,7 +1,7 @@
 """Two times through one stock transformer: its time embedder swapped for a pair of them."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -84,39 +84,59 @@ def unpack_times(times: Float[Tensor, "b 6"]) -> tuple[Float[Tensor, " b"], Floa
     return t, r
 
 
-class TwoTimes(nn.Module):
-    """embed(unit t) + (t - r) embed_r(unit r), in place of a stock time embedder.
+Clock = Callable[[Float[Tensor, " b"]], Float[Tensor, " b"]]
+"""Turns our times, 1 is noise, into those that a stock embedder takes."""
+Embedded = Tensor | tuple[Tensor, ...]
+"""What a stock embedder gives: one tensor (b, width), or several."""
 
-    It vanishes on the diagonal r = t, so a pretrained velocity field is intact at the start.
-    `unit` is 1 where the stock embedder takes times in [0, 1] and 1000 where it takes [0, 1000].
+
+def own_time(t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """Leave times in [0, 1]."""
+    return t
+
+
+def thousandths(t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """Count from 0 to 1000."""
+    return 1000 * t
+
+
+class TwoTimes(nn.Module):
+    """embed(clock(t)) + (t - r) embed_r(clock(r)), in place of a stock time embedder.
+
+    It vanishes on the diagonal r = t, so a pretrained velocity field is intact at the start. Of an
+    embedder that gives several tensors each is such a sum.
     """
 
-    def __init__(self, embed: nn.Module, *, unit: float = 1.0) -> None:
+    def __init__(self, embed: nn.Module, *, clock: Clock = own_time) -> None:
         super().__init__()
         self.embed = embed
         self.embed_r = copy.deepcopy(embed)
-        self.unit = unit
+        self.clock = clock
 
-    def forward(self, times: Float[Tensor, "b 6"], *context: object) -> Float[Tensor, "b width"]:
-        """Embed packed times; `context` is what the stock embedder takes after its timestep."""
+    def forward(self, times: Float[Tensor, "b 6"], *context: object, **named: object) -> Embedded:
+        """Embed packed times; the others are what the stock embedder takes after its timestep."""
         t, r = unpack_times(times)
-        at_t = self.embed(self.unit * t, *context)
-        at_r = self.embed_r(self.unit * r, *context)
-        embedding: Tensor = at_t + (t - r)[:, None].to(at_r.dtype) * at_r
-        return embedding
+        at_t: Embedded = self.embed(self.clock(t), *context, **named)
+        at_r: Embedded = self.embed_r(self.clock(r), *context, **named)
+        gap = (t - r)[:, None]
+        if isinstance(at_t, Tensor):
+            assert isinstance(at_r, Tensor), "the second embedder is another one"
+            return at_t + gap.to(at_r.dtype) * at_r
+        return tuple(a + gap.to(b.dtype) * b for a, b in zip(at_t, at_r, strict=True))
 
 
 class ShiftedTime(nn.Module):
-    """embed(unit (t - r / 2)), in place of a stock time embedder; `own_clock`: embed(unit t)."""
+    """embed(clock(t - r / 2)), in place of a stock time embedder; `own_clock`: embed(clock(t))."""
 
-    def __init__(self, embed: nn.Module, *, unit: float = 1.0) -> None:
+    def __init__(self, embed: nn.Module, *, clock: Clock = own_time) -> None:
         super().__init__()
         self.embed = embed
-        self.unit = unit
+        self.clock = clock
         self.own_clock = False
 
-    def forward(self, times: Float[Tensor, "b 6"], *context: object) -> Float[Tensor, "b width"]:
-        """Embed packed times; `context` is what the stock embedder takes after its timestep."""
+    def forward(self, times: Float[Tensor, "b 6"], *context: object, **named: object) -> Embedded:
+        """Embed packed times; the others are what the stock embedder takes after its timestep."""
         t, r = unpack_times(times)
-        embedding: Tensor = self.embed(self.unit * (t if self.own_clock else t - r / 2), *context)
+        time = self.clock(t if self.own_clock else t - r / 2)
+        embedding: Embedded = self.embed(time, *context, **named)
         return embedding
