@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.data.server import Request, Server, serve
 from tests.tiny import Tiny, lines, steps, tiny
 from twinflow_train.data.loader import Shards
 from twinflow_train.data.shards import ShardSet
+from twinflow_train.data.writing import write_shards
 
 BATCH, STEPS, SAVED = 8, 20, 8
 
@@ -27,8 +29,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture
 def server(run: Tiny) -> Iterator[Server]:
-    with serve(run.folder / "train") as found:
+    with serve(run.folder) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def wide(run: Tiny) -> ShardSet:
+    """A second set, beside the first: images of another shape, and no whole number of batches."""
+    train = ShardSet(run.folder / "train")
+    samples = (train.read(index) for index in range(36))
+    return write_shards(
+        run.folder / "wide",
+        (replace(s, key=f"wide-{n}", latent=s.image[..., :14]) for n, s in enumerate(samples)),
+        null=train.null.tokens[0],
+        about=train.manifest.about,
+        samples_per_shard=10,
+    )
 
 
 def words(run: Tiny, folder: Path, path: str, *more: str) -> list[str]:
@@ -42,26 +58,25 @@ def words(run: Tiny, folder: Path, path: str, *more: str) -> list[str]:
     )
 
 
-def keys_of(requests: list[Request], shards: ShardSet) -> list[list[str]]:
+def keys_of(requests: list[Request], *sets: ShardSet) -> list[list[str]]:
     """Return the keys of each step's samples: no rank reads on before all have what it needs."""
-    files = [shard.file for shard in shards.manifest.shards]
     keys = {
-        (file, entry.tensors_at): entry.key
-        for number, file in enumerate(files)
-        for entry in shards.index(number)
+        (f"{one.place.name}/{shard.file}", entry.tensors_at): entry.key
+        for one in sets
+        for number, shard in enumerate(one.manifest.shards)
+        for entry in one.index(number)
     }
     found = [keys[request.file, request.begin] for request in requests]
     return [sorted(found[k : k + BATCH]) for k in range(0, len(found), BATCH)]
 
 
-def test_a_killed_run_of_two_ranks_goes_on_with_four_where_it_was(
-    run: Tiny, server: Server, tmp_path: Path
-) -> None:
-    """Killed between two saves: up to the first, and from there on, each sample is shown once."""
-    told = words(run, tmp_path / "run", server.url)
+def kill_and_continue(
+    run: Tiny, server: Server, folder: Path, *told: str, steps_in_all: int
+) -> list[Request]:
+    """Kill two ranks between two saves and go on with four; return what made the run's steps."""
     with run.program.group(2, *told) as ranks:
         deadline = time.monotonic() + 180
-        while f'"step": {SAVED + 3}' not in _read(tmp_path / "run" / "metrics.jsonl"):
+        while f'"step": {SAVED + 3}' not in _read(folder / "metrics.jsonl"):
             assert all(rank.alive for rank in ranks), ranks[0].wait().err
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -72,13 +87,23 @@ def test_a_killed_run_of_two_ranks_goes_on_with_four_where_it_was(
     server.requests = []
     ended = run.program.run_group(4, *told)
     assert [one.code for one in ended] == [0] * 4, ended[0].err
-    assert steps(tmp_path / "run") == list(range(STEPS))
-
+    assert steps(folder) == list(range(steps_in_all))
     after = server.asked(".tar")
-    assert len(after) == (STEPS - SAVED) * BATCH
+    assert len(after) == (steps_in_all - SAVED) * BATCH
+    return before[: SAVED * BATCH] + after
+
+
+def test_a_killed_run_of_two_ranks_goes_on_with_four_where_it_was(
+    run: Tiny, server: Server, tmp_path: Path
+) -> None:
+    """Killed between two saves: up to the first, and from there on, each sample is shown once."""
+    url = f"{server.url}/train"
+    told = words(run, tmp_path / "run", url)
+    requests = kill_and_continue(run, server, tmp_path / "run", *told, steps_in_all=STEPS)
+    assert len(server.asked("manifest.json")) == 4  # each rank reads it once
     shards = ShardSet(run.folder / "train")
-    found = keys_of(before[: SAVED * BATCH] + after, shards)
-    stream = Shards(path=server.url, window=2, lanes=4, by_length=True, prefetch=0).stream(
+    found = keys_of(requests, shards)
+    stream = Shards(path=url, window=2, lanes=4, by_length=True, prefetch=0).stream(
         seed=0, batch=BATCH
     )
     for step in range(STEPS):
@@ -87,6 +112,31 @@ def test_a_killed_run_of_two_ranks_goes_on_with_four_where_it_was(
         assert found[step] == sorted(shown)
     whole = len(shards) // BATCH
     assert len({key for step in found[:whole] for key in step}) == whole * BATCH
+
+
+def test_a_mixture_that_was_killed_shows_each_sample_once_in_each_epoch_of_its_set(
+    run: Tiny, server: Server, wide: ShardSet, tmp_path: Path
+) -> None:
+    """Two sets of different shapes: the second is shown whole twice as often as the first."""
+    many, train = 30, ShardSet(run.folder / "train")
+    mix = f"data.mix=[{{path: {server.url}/wide, weight: 2.0}}]"
+    told = words(run, tmp_path / "run", f"{server.url}/train", mix, f"steps={many}")
+    requests = kill_and_continue(run, server, tmp_path / "run", *told, steps_in_all=many)
+    epochs = []
+    found = keys_of(requests, train, wide)
+    for prefix, one in (("digit", train), ("wide", wide)):
+        mine = [keys for keys in found if keys[0].startswith(prefix)]
+        assert all(key.startswith(prefix) for keys in mine for key in keys)
+        counts = dict.fromkeys((e.key for n in range(len(one.counts)) for e in one.index(n)), 0)
+        for number, keys in enumerate(mine, 1):
+            for key in keys:
+                counts[key] += 1
+            epoch, rest = divmod(number * BATCH, len(one))
+            shown_again = sum(count == epoch + 1 for count in counts.values())
+            assert (shown_again, set(counts.values()) <= {epoch, epoch + 1}) == (rest, True)
+        epochs.append(sum(counts.values()) / len(one))
+    assert epochs[0] > 1
+    assert epochs[1] / epochs[0] == pytest.approx(2, rel=0.2)
 
 
 def _read(path: Path) -> str:

@@ -9,7 +9,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from queue import Queue
@@ -19,15 +19,16 @@ from twinflow_train.batch import Batch, Condition
 from twinflow_train.data.batching import Draft, Memory
 from twinflow_train.data.cache import Cache
 from twinflow_train.data.manifest import LatentShape
+from twinflow_train.data.mixing import refuse_unlike
 from twinflow_train.data.sample import Sample
-from twinflow_train.data.shards import DataError, ShardSet
+from twinflow_train.data.shards import DataError, ShardSet, open_files
 from twinflow_train.data.stream import Ref, Stream
-from twinflow_train.errors import UserError, check
+from twinflow_train.errors import check
 
 T = TypeVar("T")
 
 LARGEST_WINDOW = 256
-"""Every shard of two windows stays open, and systems commonly allow 1,024 open files."""
+"""Every shard of two windows of each size stays open, as far as `open_files` allows."""
 IN_FLIGHT = 32
 """Ranges that are fetched at once from behind a URL: 50 ms each, they are 640 a second."""
 AT_ONCE = 8
@@ -95,36 +96,41 @@ class Shards:
         check("data", self, rules)
 
     def train(self) -> tuple[ShardSet, ...]:
-        """Open the training sets; UserError if they do not go together."""
+        """Open the training sets, once; UserError if they do not go together."""
+        return self._train
+
+    @cached_property
+    def _train(self) -> tuple[ShardSet, ...]:
         named = [("data.path", self.path), *(("data.mix", part.path) for part in self.mix)]
         found = tuple(
             ShardSet(
                 path,
                 option=option,
                 keep_open=2 * self.window,
-                cache=self._cache(),
+                most_open=max(open_files() // len(named), 1),
+                cache=self._cache,
                 attempts=self.attempts,
             )
             for option, path in named
         )
-        first = found[0].manifest
-        for one in found[1:]:
-            there = one.manifest
-            if (there.form, there.null_sha256) != (first.form, first.null_sha256):
-                raise UserError(
-                    f"data.mix: {one.place} is not made as {found[0].place}: {there.form} and "
-                    f"{first.form}, or another null prompt; prepare both with the same encoders"
-                )
+        refuse_unlike(found)
         return found
 
+    @cached_property
     def _cache(self) -> Cache | None:
         if self.cache is None:
             return None
         return Cache(folder=Path(self.cache), limit=int(self.cache_gb * 1e9))
 
     def held_out(self) -> ShardSet:
-        """Open the held-out set."""
-        return ShardSet(self.heldout, option="data.heldout", attempts=self.attempts)
+        """Open the held-out set, once."""
+        return self._held_out
+
+    @cached_property
+    def _held_out(self) -> ShardSet:
+        return ShardSet(
+            self.heldout, option="data.heldout", cache=self._cache, attempts=self.attempts
+        )
 
     def identity(self) -> dict[str, Any]:
         """Return what decides which sample is shown when."""

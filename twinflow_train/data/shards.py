@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import tarfile
 from bisect import bisect_right
 from functools import cached_property
@@ -32,6 +33,8 @@ from twinflow_train.data.sample import (
 from twinflow_train.errors import UserError
 from twinflow_train.place import Place, cause
 
+LARGEST = 1 << 16
+"""Files that stay open where there is no limit."""
 LAYOUTS = 4096
 """How many layouts of samples are remembered."""
 _REPAIR = "copy the file again or build the set again"
@@ -40,6 +43,12 @@ _AGAIN = "start again when it answers, or raise data.attempts"
 
 class DataError(UserError):
     """A sample that cannot be used; the message names its shard, its key and the cause."""
+
+
+def open_files() -> int:
+    """Return how many files shards may hold open: half of what the system lets a process have."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return LARGEST if limit == resource.RLIM_INFINITY else max(limit // 2, 1)
 
 
 class Unreached(DataError):
@@ -61,7 +70,8 @@ class ShardSet:
     """A set of shards in a folder or behind a URL; safe to read from several threads.
 
     where, option: the place and the config key that named it, for messages.
-    keep_open: shards of each latent shape whose indexes are kept, and shards that stay open.
+    keep_open: shards of each latent shape whose indexes are kept, and that stay open, but of all
+        shapes together no more than most_open, by default `open_files`.
     cache: keeps what was fetched from behind a URL. attempts: at each file or range there.
     Raises UserError naming the file, and the sample, that cannot be used.
     """
@@ -72,6 +82,7 @@ class ShardSet:
         *,
         option: str = "data.path",
         keep_open: int = 64,
+        most_open: int | None = None,
         cache: Cache | None = None,
         attempts: int = 5,
     ) -> None:
@@ -88,8 +99,9 @@ class ShardSet:
                     raise UserError(f"{self.place / file} is missing; {_REPAIR}")
         self.counts = tuple(shard.samples for shard in self.manifest.shards)
         self._ends = tuple(accumulate(self.counts))
-        self._entries = Kept(self._read_index, most=keep_open * len(self.manifest.buckets))
-        self._files = Kept(self._open, most=keep_open)
+        wanted = keep_open * len(self.manifest.buckets)
+        self._entries = Kept(self._read_index, most=wanted)
+        self._files = Kept(self._open, most=min(wanted, most_open or open_files()))
         self._layouts: dict[object, Layout] = {}
 
     def __len__(self) -> int:
