@@ -28,6 +28,7 @@ from twinflow_train.evals.suite import Digits, Evals, NoEvals
 from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
 from twinflow_train.models.base import Model
 from twinflow_train.models.qwen_image import QwenImage
+from twinflow_train.models.qwen_image_edit import QwenImageEdit
 from twinflow_train.models.weights import Weights
 from twinflow_train.objectives import presets
 from twinflow_train.objectives.twinflow import TwinFlow
@@ -249,7 +250,7 @@ class Run:
 
 
 GROUPS: Mapping[str, Mapping[str, Any]] = {
-    "model": {"qwen_image": QwenImage()},
+    "model": {"qwen_image": QwenImage(), "qwen_image_edit": QwenImageEdit()},
     "objective": {
         "twinflow": TwinFlow(),
         "twinflow_paper": presets.twinflow_paper(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,10 +100,12 @@ class Model(ABC):
     text_width: width of the text embeddings.
     target_time: how the target time enters.
     second: the family's second time embedder. lora_targets: stock linear layers that a LoRA adapts
-    if the configuration names none, by the ends of their names.
+    if the configuration names none, by the ends of their names. absent: what a config.json that is
+    older than a key means by not having it.
     """
 
     second: ClassVar[SecondEmbedder]
+    absent: ClassVar[Mapping[str, object]] = {}
     lora_targets: ClassVar[tuple[str, ...]]
 
     channels: int
@@ -152,6 +154,7 @@ class Model(ABC):
         return StoredWeights(
             folder,
             config={"target_time": "embedder"} | self.config(),
+            absent=self.absent,
             names=self.build().stored_names().values(),
             aliases=self.second.aliases(),
             fresh=self.second.fresh(seed),

@@ -1,8 +1,8 @@
-"""Qwen-Image: the 20B transformer, or the same class at any size, as F(x_t, t, r, cond)."""
+"""Qwen-Image and its edit models: the 20B transformer, or the same class at any size."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -27,6 +27,11 @@ class QwenImage(Model):
     second: ClassVar[SecondEmbedder] = SecondEmbedder(
         first="time_text_embed", name="time_text_embed_2", copied=True
     )
+    absent: ClassVar[Mapping[str, object]] = {
+        "zero_cond_t": False,
+        "use_additional_t_cond": False,
+        "use_layer3d_rope": False,
+    }
     # All of attention and both streams' MLPs. The modulations, a third of the network, see nothing
     # but the time.
     lora_targets: ClassVar[tuple[str, ...]] = (
@@ -113,18 +118,25 @@ class QwenImageNet(VelocityNet):
         r: Float[Tensor, " b"],
         cond: Condition,
     ) -> Float[Tensor, "b c h w"]:
-        """Predict dx/dt; Qwen-Image's own time runs the same way: nothing is flipped or scaled."""
+        """Predict dx/dt; Qwen-Image's own time runs the same way: nothing is flipped or scaled.
+
+        Reference images stand behind the noisy one, as its next frames, clean.
+        """
         dtype = self.stock.img_in.weight.dtype
-        height, width = x_t.shape[-2] // self.patch, x_t.shape[-1] // self.patch
+        pictures = (x_t, *cond.references)
+        shapes = [(1, p.shape[-2] // self.patch, p.shape[-1] // self.patch) for p in pictures]
+        _, height, width = shapes[0]
+        packed = [pack(picture, self.patch).to(dtype) for picture in pictures]
         tokens = self.stock(
-            hidden_states=pack(x_t, self.patch).to(dtype),
+            hidden_states=torch.cat(packed, dim=1),
             encoder_hidden_states=cond.tokens.to(dtype),
             encoder_hidden_states_mask=cond.mask,
             timestep=pack_times(t, r),
-            img_shapes=[[(1, height, width)]] * len(x_t),
+            img_shapes=[shapes] * len(x_t),
             return_dict=False,
         )[0]
-        return unpack(tokens, self.patch, height, width).to(x_t.dtype)
+        own = tokens[:, : height * width]
+        return unpack(own, self.patch, height, width).to(x_t.dtype)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

@@ -59,6 +59,7 @@ class RandomWeights:
 class StoredWeights:
     """Safetensors of a diffusers folder (its `transformer/`, or the folder itself), read by slices.
 
+    config: what config.json shall say; absent: what it says of keys that it does not have.
     names: of all the network's parameters; files with others are refused. Names that the files
     lack are looked up under their alias, or read from the weights in `fresh` under their prefix: a
     pretrained base has no second time embedder.
@@ -69,6 +70,7 @@ class StoredWeights:
         folder: Path,
         *,
         config: dict[str, object],
+        absent: Mapping[str, object],
         names: Collection[str],
         aliases: Mapping[str, str],
         fresh: Mapping[str, Weights],
@@ -76,7 +78,7 @@ class StoredWeights:
         inner = folder / "transformer"
         self.folder = inner if inner.is_dir() else folder
         self.aliases, self.fresh = aliases, fresh
-        _check_config(self.folder, config)
+        _check_config(self.folder, config, absent)
         self.files = _weight_map(self.folder)
         if others := sorted(self.files.keys() - set(names)):
             raise UserError(
@@ -113,7 +115,7 @@ def _aliased(name: str, aliases: Mapping[str, str]) -> str:
     return name
 
 
-def _check_config(folder: Path, config: dict[str, object]) -> None:
+def _check_config(folder: Path, config: dict[str, object], absent: Mapping[str, object]) -> None:
     path = folder / "config.json"
     if not folder.is_dir():
         raise UserError(
@@ -125,7 +127,7 @@ def _check_config(folder: Path, config: dict[str, object]) -> None:
         )
     stored = _json(path)
     for key, value in config.items():
-        there = stored.get(key, value)
+        there = stored.get(key, absent.get(key, value))
         if json.dumps(there) != json.dumps(value):
             raise UserError(
                 f"init_from: {folder} is another model: its {key} is {there}, "
