@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from twinflow_train.data.manifest import NULL, About, Manifest
-from twinflow_train.encoding.making import Record
 from twinflow_train.encoding.plan import LEFT_OUT, Skipped, read_lines
+from twinflow_train.encoding.records import Record
 from twinflow_train.encoding.settings import Preparation
 from twinflow_train.errors import UserError
 from twinflow_train.files import sha256, whole_file

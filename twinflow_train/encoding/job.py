@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +15,9 @@ from twinflow_train.data.manifest import NULL, Manifest
 from twinflow_train.data.shards import ShardSet
 from twinflow_train.data.writing import write_null
 from twinflow_train.encoding.assembling import assemble
-from twinflow_train.encoding.making import Maker, Record
+from twinflow_train.encoding.making import Maker
 from twinflow_train.encoding.plan import PLAN, Plan, Skipped, make_plan
+from twinflow_train.encoding.records import Made, Record, alone, publish
 from twinflow_train.encoding.settings import Preparation, settle
 from twinflow_train.encoding.sources import Reader
 from twinflow_train.encoding.verifying import Verified, verify
@@ -96,10 +97,10 @@ class Job:
         """Make this worker's shards."""
         if not mine:
             return Outcome()
-        self._write_null()
+        self._write_null(plan)
         latents = self.settings.images.open(self._codec, self.settings.model, self.worker.device)
         total = sum(len(plan.task(number).items) for number in mine)
-        began, samples = time.perf_counter(), 0
+        began = time.perf_counter()
         with (
             ThreadPoolExecutor(self.settings.loaders) as pool,
             tqdm(
@@ -118,17 +119,34 @@ class Job:
                 pool=pool,
                 done=bar.update,
             )
-            for number in mine:
-                record = maker.make(plan.task(number))
-                samples += record.shard.samples if record.shard else 0
-        return Outcome(shards=len(mine), samples=samples, seconds=time.perf_counter() - began)
+            counts = self._published(self._made(maker, plan, mine))
+        return Outcome(shards=len(counts), samples=sum(counts), seconds=time.perf_counter() - began)
 
-    def _write_null(self) -> None:
+    def _made(self, maker: Maker, plan: Plan, mine: Sequence[int]) -> Iterator[Made]:
+        """Make shards, but for those that another worker has put on record since."""
+        for number in mine:
+            if not Record.path(self.settings.keeping, number).exists():
+                yield maker.make(plan.task(number))
+
+    def _published(self, made: Iterator[Made]) -> list[int]:
+        """Write each shard while the next is made; count the samples of each that was."""
+        written: list[Future[int | None]] = []
+        with ThreadPoolExecutor(1, "write") as writer:
+            for one in made:
+                if written:
+                    written[-1].result()
+                written.append(writer.submit(publish, one, self.settings))
+                del one  # or it would stay in memory while the next but one is made
+        return [samples for each in written if (samples := each.result()) is not None]
+
+    def _write_null(self, plan: Plan) -> None:
         """Write the null prompt's embedding, if no other worker has."""
         folder = Path(self.settings.folder)
         if not (folder / NULL).exists():
             null = self._codec.embed([self._codec.null_prompt], at_once=1)[0]
-            write_null(folder, null.to("cpu", self.settings.texts.dtype))
+            with alone(self.settings.keeping, len(plan), writing=folder / NULL):
+                if not (folder / NULL).exists():
+                    write_null(folder, null.to("cpu", self.settings.texts.dtype))
 
     def _verify(self, plan: Plan) -> Verified:
         return verify(

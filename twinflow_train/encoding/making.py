@@ -1,59 +1,22 @@
-"""Making one shard: items are read, encoded, written, and put on record."""
+"""Making one shard: items are read and encoded."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
-from twinflow_train.data.manifest import Form, ShardFile
+from twinflow_train.data.manifest import Form
 from twinflow_train.data.sample import Sample
-from twinflow_train.data.writing import write_shard
 from twinflow_train.encoding.images import Latents, Ready
 from twinflow_train.encoding.pictures import Unusable
 from twinflow_train.encoding.plan import Skipped, Task, ahead
+from twinflow_train.encoding.records import Made
 from twinflow_train.encoding.settings import Preparation
 from twinflow_train.encoding.sources import Item, Reader
 from twinflow_train.engines.base import Precision
-from twinflow_train.errors import UserError
-from twinflow_train.files import whole_file
 from twinflow_train.models.codec import Codec
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """What became of a task; its file is written last, so a shard with a record is whole.
-
-    shard: its entry in the manifest, None where every item was left out. form: as in the manifest.
-    """
-
-    shard: ShardFile | None
-    form: Form
-    skipped: tuple[Skipped, ...]
-
-    @staticmethod
-    def path(keeping: Path, number: int) -> Path:
-        """Name the file of a task's record."""
-        return keeping / f"{number:06d}.json"
-
-    @staticmethod
-    def read(keeping: Path, number: int) -> Record:
-        """Read a task's record."""
-        said: dict[str, Any] = json.loads(Record.path(keeping, number).read_text())
-        return Record(
-            shard=None if said["shard"] is None else ShardFile.of(said["shard"]),
-            form=Form(**said["form"]),
-            skipped=tuple(Skipped(**each) for each in said["skipped"]),
-        )
-
-    def write(self, keeping: Path, number: int) -> None:
-        """Write it: the shard is finished."""
-        with whole_file(Record.path(keeping, number)) as unfinished:
-            unfinished.write_text(json.dumps(asdict(self)) + "\n")
 
 
 @dataclass(kw_only=True)
@@ -67,8 +30,8 @@ class Maker:
     pool: ThreadPoolExecutor
     done: Callable[[int], object]
 
-    def make(self, task: Task) -> Record:
-        """Write a task's shard and its record, in this order, and return the record."""
+    def make(self, task: Task) -> Made:
+        """Read and encode a task's items."""
         samples: list[Sample] = []
         skipped: list[Skipped] = []
         read = self._read(task, skipped)
@@ -78,18 +41,13 @@ class Maker:
                     samples.append(sample)
                 else:
                     skipped.append(_skip(ready.item, "its encoding is not finite"))
-        kind, shape = form(self.settings, self.codec), self.codec.latent_shape(*task.size)
-        path = Path(self.settings.folder) / f"{task.number:06d}.tar"
-        try:
-            shard = write_shard(path, samples, kind, latent_shape=shape) if samples else None
-            record = Record(shard=shard, form=kind, skipped=tuple(skipped))
-            record.write(self.settings.keeping, task.number)
-        except OSError as error:
-            raise UserError(
-                f"folder: {path} cannot be written ({error.strerror}); make room and start again: "
-                "what is finished stays"
-            ) from error
-        return record
+        return Made(
+            task=task,
+            form=form(self.settings, self.codec),
+            latent_shape=self.codec.latent_shape(*task.size),
+            samples=samples,
+            skipped=skipped,
+        )
 
     def _read(self, task: Task, skipped: list[Skipped]) -> Iterator[Ready]:
         """Yield the items that can be used, and put the others into `skipped`."""
