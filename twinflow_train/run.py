@@ -29,7 +29,10 @@ from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
 from twinflow_train.models.base import Model
 from twinflow_train.models.qwen_image import QwenImage
 from twinflow_train.models.qwen_image_edit import QwenImageEdit
+from twinflow_train.models.sana import Sana, sana_600m
+from twinflow_train.models.sd3 import SD3
 from twinflow_train.models.weights import Weights
+from twinflow_train.models.z_image import ZImage
 from twinflow_train.objectives import presets
 from twinflow_train.objectives.twinflow import TwinFlow
 from twinflow_train.planner import cost
@@ -137,6 +140,8 @@ class Run:
     def check(self, world: World) -> None:
         """Refuse, before anything is written, what does not fit together: UserError."""
         self.deal(world)
+        if reason := self.model.untrainable:
+            raise UserError(reason)
         self.evals.check(self.data.held_out())
         stream, held_out = self.data.stream(seed=self.seed, batch=self.batch), self.data.held_out()
         form, there = stream.sets[0].manifest.form, held_out.manifest.form
@@ -250,7 +255,14 @@ class Run:
 
 
 GROUPS: Mapping[str, Mapping[str, Any]] = {
-    "model": {"qwen_image": QwenImage(), "qwen_image_edit": QwenImageEdit()},
+    "model": {
+        "qwen_image": QwenImage(),
+        "qwen_image_edit": QwenImageEdit(),
+        "sana_0.6b": sana_600m(),
+        "sana_1.6b": Sana(),
+        "sd35_medium": SD3(),
+        "z_image": ZImage(),
+    },
     "objective": {
         "twinflow": TwinFlow(),
         "twinflow_paper": presets.twinflow_paper(),

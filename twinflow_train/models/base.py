@@ -194,6 +194,11 @@ class Model(ABC):
             )
         self.check_extras(pooled_width=pooled_width, references=references)
 
+    @property
+    def untrainable(self) -> str:
+        """Say why the network is for sampling only; empty if it can be trained."""
+        return ""
+
     def check_extras(self, *, pooled_width: int, references: int) -> None:
         """Refuse what this family has no use for, or wants and does not get: UserError."""
         if pooled_width:
