@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -77,6 +78,41 @@ def test_what_a_folder_lacks_is_said_of_each_picture(tmp_path: Path) -> None:
     assert reason(reader, ("alone.png",), measured=False).startswith("it cannot be read (No such")
 
 
+def test_captions_that_cannot_be_read_are_said_of_their_picture(tmp_path: Path) -> None:
+    for name in ("folder", "loop"):
+        (tmp_path / f"{name}.png").write_bytes(PNG)
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    reader = Folder(path=str(tmp_path)).open()
+    for name, why in (("folder", "Is a directory"), ("loop", "Too many levels of symbolic links")):
+        assert reason(reader, (f"{name}.png",), measured=False) == (
+            f"its captions cannot be read ({why})"
+        )
+        with pytest.raises(Unusable, match=rf"there is no {name}\.txt beside it"):
+            reader.measure((f"{name}.png",))
+
+
+def test_a_name_that_is_no_text_can_be_printed() -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    assert Item(number=0, where=(name,)).name.encode() == b"caf\\udce9.png"
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [(WebDataset, "tar"), (Captions, "txt")])
+def test_a_file_of_many_that_cannot_be_read_is_named(
+    tmp_path: Path, kind: type[Source], suffix: str
+) -> None:
+    path = tmp_path / f"1.{suffix}"
+    write_tar(path, {"a.png": PNG, "a.txt": b"a"})
+    reader = kind(path=str(tmp_path)).open()
+    (where, *_) = reader.find()
+    path.unlink()
+    with pytest.raises(UserError, match=rf"source\.path: .*/1\.{suffix} cannot be read \(No such"):
+        reader.read(where)
+    path.symlink_to(path)
+    with pytest.raises(UserError, match=rf"/1\.{suffix} .*Too many levels of symbolic links"):
+        list(reader.find())
+
+
 # Tars
 
 
@@ -115,6 +151,7 @@ def test_what_a_sample_in_a_tar_lacks_is_said(tmp_path: Path) -> None:
     members = {
         "a.png": PNG, "b.txt": b"b", "c.png": PNG, "c.json": b'{"title": "c"}', "d.png": PNG,
         "d.json": b"{", "e.png": PNG, "e.json": b"[1]", "f.png": PNG, "f.json": b'{"caption": 5}',
+        "g.png": PNG, "g.json": b"[" * 100_000,
     }  # fmt: skip
     write_tar(tmp_path / "1.tar", members)
     reader = WebDataset(path=str(tmp_path)).open()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from twinflow_train.encoding.pictures import Size, load, scaled
 from twinflow_train.encoding.summary import lines
 from twinflow_train.encoding.verifying import A_SIZE, psnr
 from twinflow_train.encoding.workers import Worker
+from twinflow_train.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +92,15 @@ def test_only_one_worker_looks(tmp_path: Path, tiny: Path) -> None:
     assert [outcome.verified is None for outcome in outcomes] == [True, False]
     again = [run(prepared, number, 2) for number in (0, 1)]
     assert [outcome.verified is None for outcome in again] == [False, True]
+
+
+def test_an_original_that_is_gone_is_named(tmp_path: Path, tiny: Path) -> None:
+    source = write_folder(tmp_path / "source", [0, 4])
+    prepared = settings(tmp_path / "set", tiny, source=Folder(path=str(source)))
+    run(prepared)
+    (source / "even" / "004.txt").write_bytes(b"\xff")
+    said = (
+        r"verify: even/004\.png is not what it was .*its captions are not UTF-8.*the set is whole"
+    )
+    with pytest.raises(UserError, match=said):
+        run(replace(prepared, verify=True))

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from twinflow_train.encoding.parquet import SUFFIX, Rows
 from twinflow_train.encoding.parquet import captions as captions_of_row
-from twinflow_train.encoding.sources import Content, Files, Reader, Source, Where, prompts
+from twinflow_train.encoding.sources import Content, Files, Reader, Source, Where, opened, prompts
 
 
 @dataclass(kw_only=True)
@@ -44,7 +44,7 @@ class CaptionReader(Reader):
         name, _, offset, size = where
         if str(name).endswith(SUFFIX):
             return Content(captions=captions_of_row(self._rows.row(where)))
-        with (self._files.root / str(name)).open("rb") as file:
+        with opened(self._files.root / str(name)) as file:
             file.seek(int(offset))
             return Content(captions=prompts(file.read(int(size))))
 
@@ -54,7 +54,7 @@ class CaptionReader(Reader):
 
     def _lines(self, name: str) -> Iterator[Where]:
         offset = 0
-        with (self._files.root / name).open("rb") as file:
+        with opened(self._files.root / name) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield (name, number, offset, len(line))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class FolderReader(Reader):
     def measure(self, where: Where) -> Size:
         """Read a picture's size; Unusable if its captions are missing."""
         path = self._files.root / str(where[0])
-        if not _captions(path).is_file():
+        if not os.path.isfile(_captions(path)):  # Path.is_file raises where it may not look
             raise _uncaptioned(path)
         return measure(path)
 
@@ -43,6 +44,8 @@ class FolderReader(Reader):
             text = _captions(path).read_bytes()
         except FileNotFoundError as error:
             raise _uncaptioned(path) from error
+        except OSError as error:
+            raise Unusable(f"its captions cannot be read ({error.strerror})") from error
         try:
             return Content(captions=prompts(text), picture=path.read_bytes())
         except OSError as error:

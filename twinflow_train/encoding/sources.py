@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import BinaryIO, ClassVar
 
 from twinflow_train.encoding.pictures import Size, Unusable
 from twinflow_train.errors import UserError
@@ -26,7 +27,8 @@ class Item:
     @property
     def name(self) -> str:
         """Name it for people."""
-        return ":".join(map(str, self.where[:2]))
+        name = ":".join(map(str, self.where[:2]))
+        return name.encode(errors="backslashreplace").decode()  # systems allow any bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class Files:
 
     def __init__(self, path: str, suffixes: Sequence[str]) -> None:
         self._path, self._suffixes = Path(path), tuple(suffixes)
-        if not self._path.exists():
+        if not os.path.exists(path):
             raise UserError(f"source.path: {path} does not exist")
         self.root = self._path if self._path.is_dir() else self._path.parent
 
@@ -84,7 +86,7 @@ class Files:
             return [self._path.name]
         found = [
             os.path.relpath(os.path.join(folder, name), self.root)
-            for folder, _, names in os.walk(self.root)
+            for folder, _, names in os.walk(self.root, onerror=_refuse)
             for name in names
             if name.lower().endswith(self._suffixes)
         ]
@@ -93,6 +95,24 @@ class Files:
                 f"source.path: {self._path} holds no {' or '.join(self._suffixes)} file"
             )
         return sorted(found)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that holds many items; UserError, here or while it is read, if it cannot be."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _refuse(error: OSError) -> None:
+    raise _unreadable(error.filename, error) from error
+
+
+def _unreadable(path: Path | str, error: OSError) -> UserError:
+    return UserError(f"source.path: {path} cannot be read ({error.strerror}); mend or remove it")
 
 
 def prompts(text: bytes) -> tuple[str, ...]:

@@ -11,7 +11,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from twinflow_train.encoding.pictures import SUFFIXES, Size, Unusable, measure
-from twinflow_train.encoding.sources import Content, Files, Reader, Source, Where, prompts, some
+from twinflow_train.encoding.sources import (
+    Content,
+    Files,
+    Reader,
+    Source,
+    Where,
+    opened,
+    prompts,
+    some,
+)
 from twinflow_train.errors import UserError
 
 PICTURES = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
@@ -79,7 +88,7 @@ class TarReader(Reader):
         return Content(captions=captions, picture=self._bytes(where, *_place(where[6:])))
 
     def _bytes(self, where: Where, offset: int, size: int) -> bytes:
-        with (self._files.root / str(where[0])).open("rb") as file:
+        with opened(self._files.root / str(where[0])) as file:
             file.seek(offset)
             return file.read(size)
 
@@ -130,5 +139,5 @@ def _said(text: bytes) -> tuple[str, ...]:
         said: Any = json.loads(text)
         value: Any = next((said[key] for key in FIELDS if said.get(key)), [])
         return some([value] if isinstance(value, str) else [str(each) for each in value])
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise Unusable(f"its .json holds no {' or '.join(FIELDS)}") from error

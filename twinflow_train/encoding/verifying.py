@@ -17,9 +17,10 @@ from twinflow_train.data.sample import Sample
 from twinflow_train.data.shards import ShardSet
 from twinflow_train.encoding.images import Images
 from twinflow_train.encoding.making import key_of
-from twinflow_train.encoding.pictures import Size, scaled
+from twinflow_train.encoding.pictures import Size, Unusable, scaled
 from twinflow_train.encoding.plan import Plan
 from twinflow_train.encoding.sources import Reader
+from twinflow_train.errors import UserError
 from twinflow_train.files import whole_file
 from twinflow_train.models.codec import Codec
 
@@ -61,7 +62,11 @@ def verify(
     images: Images,
     path: Path,
 ) -> Verified:
-    """Decode some latents of each size, compare them, and draw originals above reconstructions."""
+    """Decode some latents of each size, compare them, and draw originals above reconstructions.
+
+    Raises:
+        UserError: an original is not there any more, or damaged.
+    """
     rows: dict[Size, _Row] = {}
     for number, sample in _chosen(shards):
         assert sample.latent is not None, "only a set with latents is verified"
@@ -70,7 +75,13 @@ def verify(
         item = next(item for item in task.items if key_of(item.number) == sample.key)
         row = rows.setdefault(task.size, _Row(size=task.size))
         row.decoded.append(decoded)
-        pixels = images.ready(item, reader.read(item.where), task.size).pixels
+        try:
+            pixels = images.ready(item, reader.read(item.where), task.size).pixels
+        except Unusable as reason:
+            raise UserError(
+                f"verify: {item.name} is not what it was when it was prepared ({reason}); bring it "
+                "back, or leave verify=true out: the set is whole"
+            ) from reason
         if pixels is not None:
             row.originals.append(scaled(pixels))
     with whole_file(path) as unfinished:
