@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,16 +13,14 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float
 from torch import Tensor
 
 from twinflow_train.batch import Embedding
 from twinflow_train.errors import UserError, listed
 from twinflow_train.files import sha256
+from twinflow_train.models.hub import REPOSITORY, download
 
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = {"vae": "diffusion_pytorch_model", "text_encoder": "model"}
 """What the weight files of a pipeline's part are called, without `.safetensors`."""
 
@@ -125,7 +122,8 @@ def find_pipeline(
                 "the revision out, or give a repository of the Hugging Face hub"
             )
     elif REPOSITORY.fullmatch(path):
-        folder = _download(path, revision=revision, parts=parts, option=option)
+        patterns = ["model_index.json", *(f"{part}/*" for part in parts)]
+        folder = download(path, revision=revision, patterns=patterns, key=f"{option}.path")
         commit = folder.name
     else:
         raise UserError(f"{option}.path: the pipeline folder {path} does not exist")
@@ -141,27 +139,6 @@ def find_pipeline(
 
 def _patterns(parts: Mapping[str, str]) -> str:
     return " ".join(["model_index.json", *(f"'{part}/*'" for part in parts)])
-
-
-def _download(
-    repository: str, *, revision: str | None, parts: Mapping[str, str], option: str
-) -> Path:
-    """Return the hub's snapshot of what is needed, from its cache where it is there."""
-    try:
-        found = snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=["model_index.json", *(f"{part}/*" for part in parts)],
-        )
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
-        wanted = f" --revision {revision}" if revision else ""
-        raise UserError(
-            f"{option}.path: {repository} is neither a folder here, nor in the Hugging Face "
-            f"cache, nor to be had from the hub ({type(error).__name__}); where there is a "
-            f"network, run `hf download {repository} {_patterns(parts)}{wanted} --local-dir "
-            f"FOLDER`, copy FOLDER here and give {option}.path=FOLDER"
-        ) from error
-    return Path(found)
 
 
 def _missing(folder: Path, parts: Mapping[str, str]) -> Iterator[str]:
