@@ -16,7 +16,6 @@ from torch import Tensor
 
 from twinflow_train.checkpoint import choose, kinds, whole
 from twinflow_train.errors import UserError
-from twinflow_train.models.weights import save_folder
 from twinflow_train.reporting import card, summary
 from twinflow_train.run import model_of
 from twinflow_train.runfolder import read_manifest
@@ -45,9 +44,7 @@ def export(
     at = index.progress["step"]
     folder = out or run / f"export-{at:08d}-{chosen}"
     tensors = whole(index, KINDS[chosen])
-    save_folder(
-        folder / "transformer", model_of(index.run["model"]).config(), _cast(tensors, DTYPES[dtype])
-    )
+    model_of(index.run["model"]).save(folder, _cast(tensors, DTYPES[dtype]))
     card.write(
         folder,
         manifest=manifest,

@@ -21,7 +21,6 @@ from twinflow_train.dist import World
 from twinflow_train.draws import Draws
 from twinflow_train.engines.base import Sharded
 from twinflow_train.evals.during import evaluate
-from twinflow_train.models.weights import save_folder
 from twinflow_train.reporting import card
 from twinflow_train.reporting.summary import conclude
 from twinflow_train.run import INTERRUPTED, Resume, Run
@@ -165,7 +164,7 @@ def export(run: Run, engine: Sharded, summary: dict[str, Any], folder: Path, wor
     kind = "average" if "average" in engine.averages else "model"
     weights = engine.whole(kind)
     if world.main:
-        save_folder(folder / "export" / "transformer", run.model.config(), weights)
+        run.model.save(folder / "export", weights)
         card.write(
             folder / "export",
             manifest=read_manifest(folder),

@@ -27,6 +27,7 @@ from twinflow_train.evals.health import Health
 from twinflow_train.evals.suite import Digits, Evals, NoEvals
 from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
 from twinflow_train.models.base import Model
+from twinflow_train.models.openuni import OpenUni
 from twinflow_train.models.qwen_image import QwenImage
 from twinflow_train.models.qwen_image_edit import QwenImageEdit
 from twinflow_train.models.sana import Sana, sana_600m
@@ -262,6 +263,7 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
         "sana_1.6b": Sana(),
         "sd35_medium": SD3(),
         "z_image": ZImage(),
+        "openuni_l": OpenUni(),
     },
     "objective": {
         "twinflow": TwinFlow(),

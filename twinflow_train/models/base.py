@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from twinflow_train.models.two_times import (
     TwoTimes,
     own_time,
 )
-from twinflow_train.models.weights import RandomWeights, StoredWeights, Weights
+from twinflow_train.models.weights import RandomWeights, StoredWeights, Weights, save_folder
 
 OWN_KEYS = ("_class_name", "target_time")
 """Keys of a configuration that the stock class does not take."""
@@ -159,6 +159,13 @@ class Model(ABC):
             aliases=self.second.aliases(),
             fresh=self.second.fresh(seed),
         )
+
+    def save(self, folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Write weights into `folder` as `stored_weights` reads them: a diffusers folder.
+
+        tensors: (stored name, whole tensor).
+        """
+        save_folder(folder / "transformer", self.config(), tensors)
 
     def pretrained(self, velocity: Velocity) -> Velocity:
         """Ask a network as the stock one is asked, at t alone: before training, the base model.

@@ -85,7 +85,7 @@ class Sana(Model):
             "timestep_scale": 1.0,
         }
 
-    def build(self) -> SanaNet:
+    def build(self) -> VelocityNet:
         """Build the network on meta, with parameters that no output depends on frozen."""
         with torch.device("meta"):
             net = SanaNet(self)
