@@ -51,7 +51,7 @@ class Rows:
             ) from error
         self._open, self._errors = ParquetFile, (ArrowException, OSError)
         self._root, self._columns = root, columns
-        self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._groups: OrderedDict[tuple[str, int, tuple[str, ...]], Any] = OrderedDict()
         self._lock = threading.Lock()
 
     def find(self, name: str) -> Iterator[Where]:
@@ -74,23 +74,24 @@ class Rows:
                 yield (name, number, group, row)
                 number += 1
 
-    def row(self, where: Where) -> dict[str, Any]:
-        """Read one row's values, by the keys of the configuration."""
+    def row(self, where: Where, *keys: str) -> dict[str, Any]:
+        """Read one row's values, by these keys of the configuration, or all."""
         name, _, group, row = where
+        columns = {key: self._columns[key] for key in keys or self._columns}
         with self._lock:
-            table = self._group(str(name), int(group))
-        return {key: table.column(c)[int(row)].as_py() for key, c in self._columns.items()}
+            table = self._group(str(name), int(group), tuple(columns.values()))
+        return {key: table.column(column)[int(row)].as_py() for key, column in columns.items()}
 
-    def _group(self, name: str, group: int) -> Any:
-        """Read a row group, or find it among the last that were read."""
-        if (name, group) not in self._groups:
+    def _group(self, name: str, group: int, columns: tuple[str, ...]) -> Any:
+        """Read columns of a row group, or find them among the last that were read."""
+        wanted = (name, group, columns)
+        if wanted not in self._groups:
             with self._opened(name) as file:
-                columns = list(self._columns.values())
-                self._groups[name, group] = file.read_row_group(group, columns=columns)
-        self._groups.move_to_end((name, group))
+                self._groups[wanted] = file.read_row_group(group, columns=columns)
+        self._groups.move_to_end(wanted)
         while len(self._groups) > KEPT:
             self._groups.popitem(last=False)
-        return self._groups[name, group]
+        return self._groups[wanted]
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[Any]:
@@ -117,7 +118,7 @@ class ParquetReader(Reader):
 
     def measure(self, where: Where) -> Size:
         """Read a picture's size from its header."""
-        return measure(BytesIO(_picture(self._rows.row(where))))
+        return measure(BytesIO(_picture(self._rows.row(where, "image"))))
 
     def read(self, where: Where) -> Content:
         """Read a row."""
