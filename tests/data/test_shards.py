@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -148,6 +149,20 @@ def test_a_missing_folder_or_manifest_names_the_config_key(tmp_path: Path) -> No
 
 def rewrite_manifest(shards: ShardSet, text: str) -> None:
     (shards.folder / "manifest.json").write_text(text)
+
+
+def test_samples_without_latents_are_a_set_when_its_shape_is_said(tmp_path: Path) -> None:
+    samples = [replace(make_sample(n), latent=None) for n in range(5)]
+    options: dict[str, Any] = {"null": torch.ones(3, 6), "about": ABOUT, "samples_per_shard": 2}
+    with pytest.raises(UserError, match="sample s000 has no latent: give write_shards the latent_"):
+        write_shards(tmp_path / "set", samples, **options)
+    shards = write_shards(tmp_path / "set", samples, **options, latent_shape=(1, 4, 4))
+    shards.verify()
+    assert shards.latent_shape == (1, 4, 4)
+    assert shards.manifest.form.latent_dtype == "none"
+    read = [shards.read(n, caption=1) for n in range(5)]
+    assert [(one.key, one.latent) for one in read] == [(one.key, None) for one in samples]
+    assert all(torch.equal(a.text, b.texts[1]) for a, b in zip(read, samples, strict=True))
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:

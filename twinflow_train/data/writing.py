@@ -45,10 +45,12 @@ def write_shards(
     about: About,
     samples_per_shard: int = 500,
     overwrite: bool = False,
+    latent_shape: LatentShape | None = None,
 ) -> ShardSet:
     """Write samples of one latent shape as a set, whole or not at all, and open it.
 
-    The same samples give the same bytes. `null` is the null prompt's embedding.
+    The same samples give the same bytes. `null` is the null prompt's embedding. latent_shape: that
+    of the first sample's latent, if it has one; needed where images are generated in training.
 
     Raises:
         UserError: the folder exists (unless `overwrite`), or a sample, which is named, is not
@@ -61,7 +63,13 @@ def write_shards(
     first = next(stream := iter(samples), None)
     if first is None:
         raise UserError(f"{folder}: there are no samples to write")
-    form, shape, rest = form_of(first), tuple(first.image.shape), chain([first], stream)
+    if latent_shape is None and first.latent is None:
+        raise UserError(
+            f"sample {first.key} has no latent: give write_shards the latent_shape of the images "
+            "that training is to generate"
+        )
+    shape = latent_shape or tuple(first.image.shape)
+    form, rest = form_of(first), chain([first], stream)
     embedding = null if isinstance(null, Embedding) else Embedding(null)
     if embedding.widths != (form.text_width, form.pooled_width):
         raise UserError(
