@@ -86,7 +86,7 @@ def test_json_too_deep_to_read_is_no_manifest(tmp_path: Path) -> None:
 
 def test_a_text_longer_than_its_index_said_is_not_cut() -> None:
     form = Form(latent_dtype="float32", text_width=6, text_dtype="float32")
-    draft = Draft([2, 1], form=form, latent_shape=(1, 4, 4), memory=Memory())
+    draft = Draft({"text": [2, 1]}, form=form, latent_shape=(1, 4, 4), memory=Memory())
     assert len(draft.room(0, "text.0", 2 * 6 * 4)) == 48
     with pytest.raises(OSError, match="72 bytes where its index promised 48"):
         draft.room(1, "text.0", 3 * 6 * 4)

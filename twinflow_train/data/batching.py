@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -70,26 +71,32 @@ class Plane:
 class Draft:
     """A batch that threads fill, each row by itself.
 
-    lengths: tokens of each row's text. Texts are padded to the longest. Without latents (image-free
-    training) the data are zeros.
+    lengths: tokens of each row's text and, where rows have their own null prompts, "null". They are
+    padded to the longest. Without latents (image-free training) the data are zeros.
     """
 
     def __init__(
-        self, lengths: Sequence[int], *, form: Form, latent_shape: LatentShape, memory: Memory
+        self,
+        lengths: Mapping[str, Sequence[int]],
+        *,
+        form: Form,
+        latent_shape: LatentShape,
+        memory: Memory,
     ) -> None:
-        self._lengths = list(lengths)
+        self._lengths = {name: list(each) for name, each in lengths.items()}
+        self._rows = len(lengths["text"])
         latent = TYPES.get(form.latent_dtype, torch.float32)
         text = TYPES[form.text_dtype]
         planes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "latent": (latent_shape, latent),
-            "text": ((max(lengths), form.text_width), text),
         }
+        for name, each in lengths.items():
+            planes[name] = (max(each), form.text_width), text
         if form.pooled_width:
             planes["pooled"] = (form.pooled_width,), text
         planes |= {f"reference.{n}": (latent_shape, latent) for n in range(form.references)}
         self._planes = {
-            name: Plane(memory, len(lengths), shape, dtype)
-            for name, (shape, dtype) in planes.items()
+            name: Plane(memory, self._rows, shape, dtype) for name, (shape, dtype) in planes.items()
         }
         if form.latent_dtype == "none":
             self._planes["latent"].tensor.zero_()
@@ -109,36 +116,50 @@ class Draft:
 
     def replace(self, row: int, sample: Sample) -> None:
         """Put a sample into a row, once nothing else is filled."""
-        self._lengths[row] = length = len(sample.text)
-        text = self._planes["text"]
-        if (missing := length - text.tensor.shape[1]) > 0:
-            text.tensor = pad(text.tensor, (0, 0, 0, missing))
-        text.tensor[row, length:] = 0
-        text.tensor[row, :length] = sample.text
         for name, tensor in sample.tensors().items():
-            if not name.startswith("text"):
-                self._planes[_plane(name)].tensor[row] = tensor
+            if (kind := _plane(name)) in self._lengths:
+                self._put(kind, row, tensor)
+            else:
+                self._planes[kind].tensor[row] = tensor
+
+    def _put(self, name: str, row: int, text: Tensor) -> None:
+        """Put a text into a row, and make room if it is longer than all others."""
+        self._lengths[name][row] = length = len(text)
+        plane = self._planes[name]
+        if (missing := length - plane.tensor.shape[1]) > 0:
+            plane.tensor = pad(plane.tensor, (0, 0, 0, missing))
+        plane.tensor[row, length:] = 0
+        plane.tensor[row, :length] = text
 
     def batch(self, null: Condition, keys: Sequence[str], *, skipped: int) -> Batch:
-        """Return the batch, once all rows are filled."""
+        """Return the batch, once all rows are filled; null: of rows that have none of their own."""
         planes = {name: plane.tensor for name, plane in self._planes.items()}
-        references = [tensor for name, tensor in planes.items() if name.startswith("reference")]
+        cond = self._condition("text")
+        if "null" in planes:
+            null = self._condition("null")
+        elif cond.references:
+            null = replace(null.expand(self._rows), references=cond.references)
         return Batch(
             data=planes["latent"],
-            cond=Condition(
-                tokens=planes["text"],
-                mask=self._mask(planes["text"].shape[1]),
-                pooled=planes.get("pooled"),
-                references=tuple(references),
-            ),
+            cond=replace(cond, pooled=planes.get("pooled")),
             null=null,
             keys=tuple(keys),
             skipped=skipped,
         )
 
-    def _mask(self, longest: int) -> Tensor | None:
+    def _condition(self, name: str) -> Condition:
+        """Return each row's text of a name, beside its references."""
+        tokens = self._planes[name].tensor
+        references = (one.tensor for key, one in self._planes.items() if key.startswith("ref"))
+        return Condition(
+            tokens=tokens,
+            mask=self._mask(self._lengths[name], tokens.shape[1]),
+            references=tuple(references),
+        )
+
+    def _mask(self, each: Sequence[int], longest: int) -> Tensor | None:
         """Return which tokens are real, None if all are."""
-        lengths = np.array(self._lengths)
+        lengths = np.array(each)
         if lengths.min() == longest:
             return None
         mask = torch.from_numpy(np.arange(longest) < lengths[:, None])

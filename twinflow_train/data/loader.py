@@ -244,8 +244,10 @@ class _Micro:
         skip: bool,
     ) -> None:
         self._stream, self._refs, self._skip = stream, refs, skip
-        lengths = [stream.tokens(ref) for ref in refs]
         form = stream.sets[0].manifest.form
+        lengths = {"text": [stream.tokens(ref) for ref in refs]}
+        if form.own_null:
+            lengths["null"] = [stream.null_tokens(ref) for ref in refs]
         self._draft = Draft(lengths, form=form, latent_shape=latent_shape, memory=memory)
         self._started: list[Future[list[str | Sample]]] = []
 

@@ -47,7 +47,8 @@ class Form:
 
     latent_dtype: of latents and references; "none" where images are generated in training.
     text_width, pooled_width: of a token's embedding and of a pooled one; 0 is no pooled embedding.
-    text_dtype: of both. references: latents of reference images of each sample.
+    text_dtype: of both. references: latents of reference images of each sample. own_null: each
+    sample has its own null prompt's embedding, one that depends on its reference images.
     """
 
     latent_dtype: str
@@ -55,6 +56,7 @@ class Form:
     text_dtype: str
     pooled_width: int = 0
     references: int = 0
+    own_null: bool = False
 
     @staticmethod
     def of(said: Mapping[str, Any]) -> Form:
@@ -62,6 +64,7 @@ class Form:
         form = Form(**said)
         numbers = (form.text_width, form.pooled_width, form.references)
         plain = all(type(number) is int and number >= 0 for number in numbers) and form.text_width
+        plain = plain and type(form.own_null) is bool
         if not plain or form.text_dtype not in DTYPES or form.latent_dtype not in (*DTYPES, "none"):
             raise ValueError(f"form {form}")
         return form
@@ -117,8 +120,11 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it into a folder, whole or not at all: the folder is a set then."""
+        said = asdict(self)
+        if not self.form.own_null:
+            del said["form"]["own_null"]  # so that older programs read what they can use
         with whole_file(folder / NAME) as unfinished:
-            unfinished.write_text(json.dumps(asdict(self), indent=1) + "\n")
+            unfinished.write_text(json.dumps(said, indent=1) + "\n")
 
     @staticmethod
     def fetch(folder: Place, *, option: str, attempts: int) -> bytes:

@@ -50,6 +50,7 @@ class Sample:
     texts: unpadded token embeddings, one for each caption.
     pooled: pooled text embeddings, one for each caption, for families that want one.
     references: latents of reference images, for editing.
+    null: the null prompt's token embedding beside these reference images.
     fields: anything else that JSON can hold, for example `label`, or `size`, in pixels.
     """
 
@@ -59,6 +60,7 @@ class Sample:
     captions: Sequence[str]
     pooled: Sequence[Float[Tensor, " pooled"]] = ()
     references: Sequence[Float[Tensor, "..."]] = ()
+    null: Float[Tensor, "_ width"] | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,7 +96,7 @@ class Sample:
         several = {"text": self.texts, "pooled": self.pooled, "reference": self.references}
         for kind, each in several.items():
             found |= {f"{kind}.{n}": tensor for n, tensor in enumerate(each)}
-        return found
+        return found if self.null is None else found | {"null.0": self.null}
 
 
 def condition_of(samples: Sequence[Sample]) -> Condition:
@@ -117,6 +119,7 @@ def form_of(sample: Sample) -> Form:
         text_dtype=name_of(sample.text.dtype),
         pooled_width=len(sample.pooled[0]) if sample.pooled else 0,
         references=len(sample.references),
+        own_null=sample.null is not None,
     )
 
 
@@ -146,7 +149,7 @@ def fault_of(
     """Say what makes a sample's tensor unusable by its type and shape; empty if nothing does."""
     kind = name.partition(".")[0]
     wanted = form.latent_dtype if kind in ("latent", "reference") else form.text_dtype
-    if kind == "text":
+    if kind in ("text", "null"):
         fits, allowed = shape[1:] == (form.text_width,) and shape[0], f"(tokens, {form.text_width})"
     else:
         exact = (form.pooled_width,) if kind == "pooled" else latent_shape
@@ -256,6 +259,7 @@ def layout(
         wanted += [f"text.{caption}"]
         wanted += [f"pooled.{caption}"] if form.pooled_width else []
         wanted += [f"reference.{n}" for n in range(form.references)]
+        wanted += ["null.0"] if form.own_null else []
         found = {name: _stored(said[name], len(header), size) for name in wanted}
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not safetensors of a sample ({error!r})") from error
@@ -313,6 +317,7 @@ def parse(
         captions=(words,),
         pooled=(views[f"pooled.{number}"],) if form.pooled_width else (),
         references=tuple(views[f"reference.{n}"] for n in range(form.references)),
+        null=views.get("null.0"),
         fields=said,
     )
 
@@ -333,7 +338,7 @@ def not_finite(rows: Tensor) -> npt.NDArray[np.bool_]:
 
 def looked_at(name: str) -> bool:
     """Tell whether a tensor is looked at for what is no number: texts, far larger, when written."""
-    return not name.startswith("text")
+    return not name.startswith(("text", "null"))
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -37,6 +37,8 @@ LARGEST = 1 << 16
 """Files that stay open where there is no limit."""
 LAYOUTS = 4096
 """How many layouts of samples are remembered."""
+SHORT = 6
+"""Elements of an index's row for a sample without its own null prompt."""
 _REPAIR = "copy the file again or build the set again"
 _AGAIN = "start again when it answers, or raise data.attempts"
 
@@ -56,7 +58,10 @@ class Unreached(DataError):
 
 
 class Entry(NamedTuple):
-    """Where a sample lies in its tar: begin and size of both members; tokens of each caption."""
+    """Where a sample lies in its tar: begin and size of both members; tokens of each caption.
+
+    null: tokens of its own null prompt, 0 if it has none.
+    """
 
     key: str
     tensors_at: int
@@ -64,6 +69,7 @@ class Entry(NamedTuple):
     fields_at: int
     fields_size: int
     tokens: tuple[int, ...]
+    null: int = 0
 
 
 class ShardSet:
@@ -194,7 +200,7 @@ class ShardSet:
         """
         shape, chosen = self.manifest.shards[number].latent_shape, caption % len(entry.tokens)
         # Samples with equally long texts have equal headers, nearly always.
-        like = (shape, entry.tensors_size, entry.tokens, chosen)
+        like = (shape, entry.tensors_size, entry.tokens, entry.null, chosen)
         known = self._layouts.get(like)
         try:
             copy = self._files.get(number).part(
@@ -209,8 +215,11 @@ class ShardSet:
                 form=self.manifest.form,
                 latent_shape=shape,
             )
-            if (tokens := found.tensors[f"text.{chosen}"].shape[0]) != entry.tokens[chosen]:
-                raise ValueError(f"it has {tokens} tokens, the index says {entry.tokens[chosen]}")
+            promised = {f"text.{chosen}": entry.tokens[chosen]}
+            promised |= {"null.0": entry.null} if self.manifest.form.own_null else {}
+            for name, said in promised.items():
+                if (tokens := found.tensors[name].shape[0]) != said:
+                    raise ValueError(f"it has {tokens} tokens, the index says {said}")
             found.copy(copy, room)
         except (OSError, ValueError) as error:
             raise self.fault(number, entry, error) from error
@@ -310,13 +319,20 @@ def _entries(text: bytes, shard: ShardFile, place: Place) -> tuple[Entry, ...]:
 
 def _entry(row: Any, shard: ShardFile) -> Entry:
     """Make an entry of a row of an index; TypeError or ValueError if it is none."""
-    key, *places, tokens = row
-    fine = all(type(number) is int and number > 0 for number in (*places, *tokens)) and tokens
+    key, *places, tokens = row[:SHORT]
+    nulls = row[SHORT:]
+    numbers = (*places, *tokens, *nulls)
+    fine = all(type(number) is int and number > 0 for number in numbers) and tokens
     tensors_at, tensors_size, fields_at, fields_size = places
     inside = fine and max(tensors_at + tensors_size, fields_at + fields_size) <= shard.bytes
     if not inside or not KEY.fullmatch(key):
         raise ValueError(f"it has {row!r:.200}")
-    return Entry(key, tensors_at, tensors_size, fields_at, fields_size, tuple(tokens))
+    return Entry(key, tensors_at, tensors_size, fields_at, fields_size, tuple(tokens), *nulls)
+
+
+def row_of(entry: Entry) -> tuple[Any, ...]:
+    """Make an entry's row of an index, which is shorter without a null prompt of its own."""
+    return entry if entry.null else entry[:SHORT]
 
 
 def _members(place: Place) -> list[tuple[str, int, int]]:

@@ -175,6 +175,13 @@ class Stream:
             return 1
         return tokens[ref.caption % len(tokens)]
 
+    def null_tokens(self, ref: Ref) -> int:
+        """Return the length of a sample's own null prompt; without an index 1, see `tokens`."""
+        try:
+            return max(self.sets[ref.set].index(ref.shard)[ref.place].null, 1)
+        except DataError:
+            return 1
+
     def copy(self, ref: Ref, room: Room) -> str:
         """Copy a sample to where there is room for it, and return its key.
 

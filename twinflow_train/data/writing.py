@@ -4,8 +4,9 @@ Format version 2. A set is a folder of WebDataset tars `000000.tar`, ..., each w
 `000000.index.json`, the null prompt's embedding `null.safetensors` (`text.0`, and `pooled.0` where
 the family wants one) and `manifest.json`. In a tar each sample has two members: `KEY.safetensors`
 with `latent` (C, H, W), and one unpadded `text.N` (tokens, width) for each caption, and where the
-family wants them `pooled.N` (width,) and `reference.N` (C, H, W); and `KEY.json` with `captions`
-and free fields. All latents of a tar have one shape. Nothing is ever pickled.
+family wants them `pooled.N` (width,), `reference.N` (C, H, W) and `null.0` (tokens, width), the
+null prompt beside the sample's own references; and `KEY.json` with `captions` and free fields. All
+latents of a tar have one shape. Nothing is ever pickled.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from twinflow_train.data.sample import (
     form_of,
     tensors_of,
 )
-from twinflow_train.data.shards import Entry, ShardSet
+from twinflow_train.data.shards import Entry, ShardSet, row_of
 from twinflow_train.errors import UserError
 from twinflow_train.files import sha256, whole_file, whole_folder
 from twinflow_train.place import CHUNK
@@ -132,7 +133,7 @@ def write_shard(
                     }
                 )
         size, digest = unfinished.stat().st_size, sha256(unfinished)
-        index = json.dumps(entries(unfinished, samples))
+        index = json.dumps([row_of(entry) for entry in entries(unfinished, samples)])
     found = ShardFile(
         file=path.name,
         samples=len(samples),
@@ -156,6 +157,7 @@ def entries(path: Path, samples: Sequence[Sample]) -> list[Entry]:
             *places[f"{sample.key}.safetensors"],
             *places[f"{sample.key}.json"],
             tuple(map(len, sample.texts)),
+            0 if sample.null is None else len(sample.null),
         )
         for sample in samples
     ]
