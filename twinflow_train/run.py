@@ -153,13 +153,16 @@ class Run:
                 pooled_width=form.pooled_width,
                 references=form.references,
             )
-        if form.latent_dtype == "none" and not self.objective.image_free:
+        if not form.has_latents and not self.objective.image_free:
             raise UserError(
                 "data.path holds prompts without images: choose objective=twinflow_image_free, or "
                 "a set with latents"
             )
-        if there.latent_dtype == "none":
-            raise UserError("data.heldout holds prompts without images: losses are measured there")
+        if not there.has_latents and not self.objective.image_free:
+            raise UserError(
+                "data.heldout holds prompts without images, and losses are measured on images: "
+                "prepare it with images=stored or images=generated"
+            )
         if (form.text_width, form.pooled_width) != (there.text_width, there.pooled_width):
             raise UserError(
                 f"data.heldout has texts of width {there.text_width} (pooled: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,12 @@ from tests.evals.conftest import Real
 from tests.helpers import spawn
 from twinflow_train.batch import Condition, Velocity
 from twinflow_train.data.shards import ShardSet
+from twinflow_train.data.writing import write_shards
 from twinflow_train.dist import World
+from twinflow_train.errors import UserError
 from twinflow_train.evals.health import Health
+from twinflow_train.evals.heldout import heldout_loss
+from twinflow_train.evals.suite import Digits
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
@@ -105,6 +110,24 @@ def on_rank(world: World, folder: Path) -> dict[str, float]:
         dtype=torch.float,
     )
     return health.measure(ShardSet(folder), world)
+
+
+def test_of_prompts_alone_the_same_is_told(real: Real, tmp_path: Path) -> None:
+    """On images of the student's own; there is no held-out loss."""
+    samples = [real.heldout.read(n) for n in range(len(real.heldout))]
+    prompts = write_shards(
+        tmp_path / "prompts",
+        [replace(sample, latent=None) for sample in samples],
+        null=real.heldout.null.tokens[0],
+        about=real.heldout.manifest.about,
+        latent_shape=real.heldout.latent_shape,
+    )
+    found = measure(prompts, scaled(0.5), scaled(0.4))
+    known = measure(real.heldout, scaled(0.5), scaled(0.4))
+    assert found == pytest.approx(known, rel=1e-4)
+    assert heldout_loss(scaled(0.5), prompts, ALONE, samples=12, batch=4, seed=0) == {}
+    with pytest.raises(UserError, match="evals=digits compares with images"):
+        Digits(judge=str(real.judge)).check(prompts)
 
 
 def test_ranks_change_nothing(real: Real) -> None:

@@ -58,6 +58,11 @@ class Form:
     references: int = 0
     own_null: bool = False
 
+    @property
+    def has_latents(self) -> bool:
+        """Whether samples have images: they have not in sets for image-free training."""
+        return self.latent_dtype != "none"
+
     @staticmethod
     def of(said: Mapping[str, Any]) -> Form:
         """Make it again from plain values; ValueError, TypeError or KeyError if it is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,9 @@ class Health:
     def measure(self, heldout: ShardSet, world: World, *, seed: int = 0) -> dict[str, float]:
         """Return the measures; they depend neither on ranks nor on batches. Collective.
 
+        Where held-out samples are prompts alone, what the student makes of them in one step stands
+        for their images.
+
         health/teacher_distance: root mean square of student minus teacher on the diagonal, relative
         to the teacher's. Absent where the teacher is the student, or says 0 everywhere.
         health/two_step_gap: the same of F(z, 1, 0)'s sample minus that of two half jumps, relative
@@ -55,20 +59,22 @@ class Health:
     def _squares(self, heldout: ShardSet, world: World, rows: list[int], *, seed: int) -> Tensor:
         """Return each row's mean squares, numerators and then denominators, (rows, 6)."""
         found = [heldout.read(row % len(heldout)) for row in rows]
-        data = torch.stack([sample.image.float() for sample in found]).to(world.device)
         cond = condition_of(found).to(world.device)
-        z = _draw("health", data, rows, seed).to(world.device)
+        z = _draw("health", heldout.latent_shape, rows, seed).to(world.device)
         # The student's passes are one call each: every rank makes them alike.
         one = torch.ones(len(rows), device=world.device)
+        F = self.student(z, one, 0 * one, cond)
+        data = jump(z, F, one, 0 * one)
+        if heldout.manifest.form.has_latents:
+            data = torch.stack([sample.image.float() for sample in found]).to(world.device)
         t = (torch.tensor(rows) % 8 + 0.5).to(one) / 8
         x_t = interpolate(data, z, t)
         apart = self.student(x_t, t, t, cond)
         towards = self.teacher(x_t, t, t, cond)
-        F = self.student(z, one, 0 * one, cond)
         half = jump(z, self.student(z, one, one / 2, cond), one, one / 2)
         two = jump(half, self.student(half, one / 2, 0 * one, cond), one / 2, 0 * one)
         unit = torch.finfo(self.dtype).eps / 2
-        moved = z * (1 + unit * _draw("health-unit", data, rows, seed).clamp(-1, 1).to(z))
+        moved = z * (1 + unit * _draw("health-unit", z.shape[1:], rows, seed).clamp(-1, 1).to(z))
         noise = self._residual(moved, z - data, cond) - self._residual(z, z - data, cond)
         floor = torch.full_like(z, 2**0.5 if self.order else 0)
         pairs = [apart - towards, jump(z, F, one, 0 * one) - two, noise, towards, two, floor]
@@ -87,6 +93,5 @@ class Health:
         return F / self.delta
 
 
-def _draw(purpose: str, like: Tensor, rows: list[int], seed: int) -> Tensor:
-    shape = like.shape[1:]
+def _draw(purpose: str, shape: Sequence[int], rows: list[int], seed: int) -> Tensor:
     return torch.stack([torch.randn(shape, generator=generator(purpose, seed, i)) for i in rows])

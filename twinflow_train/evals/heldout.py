@@ -27,8 +27,10 @@ def heldout_loss(
     by (seed, i), so the loss depends neither on ranks nor on `batch`, the rows of one call on one
     rank. The jump's loss does not go to 0: even a perfect generator does not know which data the
     noise was paired with. Collective. Names: `heldout/diagonal`, `heldout/jump`; a name that no
-    sample was dealt to is left out.
+    sample was dealt to is left out, and so are all where held-out samples are prompts alone.
     """
+    if not heldout.manifest.form.has_latents:
+        return {}
     deal = Deal(count=samples, world=world)
     parts = [_losses(velocity, heldout, world, rows, seed=seed) for rows in deal.chunks(batch)]
     losses = deal.collect(torch.cat(parts)).double().cpu()

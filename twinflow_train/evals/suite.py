@@ -97,6 +97,8 @@ class Digits(Evals):
         """Refuse a missing judge and images that it cannot judge: UserError."""
         Judge.load(self.judge)
         shape = heldout.latent_shape
+        if not heldout.manifest.form.has_latents:
+            raise UserError("evals=digits compares with images, and data.heldout has prompts alone")
         if shape != (1, 28, 28):
             raise UserError(
                 f"evals=digits judges images of shape (1, 28, 28), the data have {shape}"
