@@ -66,7 +66,7 @@ def test_experiments_hold_what_their_names_say(data: str) -> None:
     ("group", "option"), [(group, option) for group in GROUPS for option in GROUPS[group]]
 )
 def test_every_option_of_every_group_composes(group: str, option: str) -> None:
-    needed = ("steps=1", "batch=8", "micro_batch=8", "data.path=a", "data.heldout=b")
+    needed = ("steps=1", "batch=8", "micro_batch=8", "init_from=c", "data.path=a", "data.heldout=b")
     assert composed(f"{group}={option}", *needed).__dict__[group] == (
         GROUPS[group][option] if group != "data" else composed(*needed).data
     )

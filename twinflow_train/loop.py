@@ -75,7 +75,7 @@ def train(run: Run) -> int:
                 found = evaluate(
                     run.evals,
                     engine.networks(),
-                    base=run.model.pretrained(engine.student),
+                    base=engine.base or run.model.pretrained(engine.student),
                     health=run.health(engine),
                     heldout=run.data.held_out(),
                     folder=folder / "samples",
@@ -160,14 +160,15 @@ def norms_by_term(run: Run, engine: Sharded, prepared: Prepared, world: World) -
 
 
 def export(run: Run, engine: Sharded, summary: dict[str, Any], folder: Path, world: World) -> None:
-    """Write the weights to use, averaged if there is an average, as a diffusers folder."""
+    """Write the weights to use, averaged if there is an average, as diffusers reads them."""
     kind = "average" if "average" in engine.averages else "model"
     weights = engine.whole(kind)
     if world.main:
-        run.model.save(folder / "export", weights)
+        run.adapter.save(folder / "export", run.model, weights, dtype=torch.float32)
         card.write(
             folder / "export",
             manifest=read_manifest(folder),
+            holds=run.adapter.contents(run.model),
             kind=kind,
             step=summary["step"],
             samples=summary["samples"],

@@ -26,7 +26,9 @@ from twinflow_train.errors import UserError
 from twinflow_train.evals.health import Health
 from twinflow_train.evals.suite import Digits, Evals, NoEvals
 from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
+from twinflow_train.models.adapter import Adapter, NoAdapter
 from twinflow_train.models.base import Model
+from twinflow_train.models.lora import LoRA, fingerprint
 from twinflow_train.models.openuni import OpenUni
 from twinflow_train.models.qwen_image import QwenImage
 from twinflow_train.models.qwen_image_edit import QwenImageEdit
@@ -67,7 +69,7 @@ class Run:
     s3://bucket/run, of this run alone; null is FOLDER/checkpoints. keep_last: newest checkpoints to
     keep; keep_every: those at multiples of so many steps stay for ever, 0 is none. init_from: a
     diffusers folder or the export of a run to start from; null starts from random weights.
-    average: how averaged networks are held.
+    adapter: what of the model is trained. average: how averaged networks are held.
     """
 
     name: str = "run"
@@ -86,6 +88,7 @@ class Run:
     resume: Resume = Resume.auto
     init_from: str | None = None
     model: Model = MISSING
+    adapter: Adapter = MISSING
     objective: TwinFlow = MISSING
     engine: Engine = MISSING
     optim: Optim = MISSING
@@ -116,6 +119,16 @@ class Run:
             raise ValueError(
                 f"batch = {self.batch} does not divide by micro_batch = {self.micro_batch}"
             )
+        if self.adapter.partial and self.init_from is None:
+            raise UserError(
+                "adapter=lora needs a pretrained base: set init_from= to a diffusers folder, or "
+                "train everything with adapter=none"
+            )
+        if self.adapter.partial and self.average.offload:
+            raise UserError(
+                "average.offload does not work with adapter=lora, whose averages are small and "
+                "part of the network in use: leave it false"
+            )
         self.objective.shares.counts(self.batch)
 
     def yaml(self) -> str:
@@ -125,8 +138,10 @@ class Run:
     def weights(self) -> Weights:
         """Open the initial weights."""
         if self.init_from is None:
-            return self.model.random_weights(self.seed)
-        return self.model.stored_weights(Path(self.init_from), seed=self.seed)
+            base = self.model.random_weights(self.seed)
+        else:
+            base = self.model.stored_weights(Path(self.init_from), seed=self.seed)
+        return self.adapter.weights(base, seed=self.seed)
 
     def about(self) -> list[dict[str, Any]]:
         """Say what there is to know about the data."""
@@ -141,6 +156,7 @@ class Run:
     def check(self, world: World) -> None:
         """Refuse, before anything is written, what does not fit together: UserError."""
         self.deal(world)
+        self.adapter.check(self.model)
         if reason := self.model.untrainable:
             raise UserError(reason)
         self.evals.check(self.data.held_out())
@@ -178,6 +194,7 @@ class Run:
         return self.engine.shard(
             self.model,
             self.weights(),
+            adapter=self.adapter,
             optim=self.optim,
             decay=decay,
             average=self.average,
@@ -223,13 +240,14 @@ class Run:
     def banner(self, engine: Sharded, world: World) -> str:
         """Say once what the run does: its arithmetic, its size and the passes of a step."""
         deal = self.deal(world)
-        parameters = sum(math.prod(shape) for shape in engine.shapes().values())
+        trained = sum(math.prod(shape) for shape in engine.shapes().values())
+        beside = f" beside {engine.frozen / 1e6:,.2f}M frozen ones" if engine.frozen else ""
         roles = self.objective.shares.counts(self.batch)
         spent = cost(self.objective, deal, seed=self.seed)
         mine = self.batch // world.size
         shared = ", ".join(f"{n} {role}" for role, n in roles.items() if n)
         return (
-            f"{self.name}: {parameters / 1e6:,.2f}M parameters on {world.size} x "
+            f"{self.name}: {trained / 1e6:,.2f}M parameters{beside} on {world.size} x "
             f"{world.device.type}\n"
             f"batch {self.batch} = {world.size} ranks x {deal.micro_steps} micro-steps x "
             f"{self.micro_batch}: {shared}\n"
@@ -245,8 +263,12 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """Return what defines the run: a checkpoint with another identity is not continued."""
         config = self.config()
-        keys = ("model", "objective", "seed", "batch", "init_from")
+        keys = ("model", "adapter", "objective", "seed", "batch", "init_from")
         slow = {"slow": config["average"]["slow"]}
+        if self.adapter.partial and self.init_from is not None:
+            # Read again at every start, so what is there counts, and not where.
+            base = self.model.stored_weights(Path(self.init_from), seed=self.seed)
+            config["init_from"] = fingerprint(self.model, base)
         identity: dict[str, Any] = scrub(
             {key: config[key] for key in keys} | {"data": self.data.identity(), "average": slow}
         )
@@ -255,7 +277,8 @@ class Run:
     def defaults(self) -> dict[str, Any]:
         """Return the identity's values where nobody chose any, and before they could be chosen."""
         parts = {"model": self.model, "objective": self.objective, "average": self.average}
-        return {name: _plain(type(part)()) for name, part in parts.items()}
+        older = _plain(type(self.adapter)()) | _plain(NoAdapter())
+        return {name: _plain(type(part)()) for name, part in parts.items()} | {"adapter": older}
 
 
 GROUPS: Mapping[str, Mapping[str, Any]] = {
@@ -268,6 +291,7 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
         "z_image": ZImage(),
         "openuni_l": OpenUni(),
     },
+    "adapter": {"none": NoAdapter(), "lora": LoRA()},
     "objective": {
         "twinflow": TwinFlow(),
         "twinflow_paper": presets.twinflow_paper(),
@@ -289,19 +313,28 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
 
 
 def model_of(config: Mapping[str, Any]) -> Model:
-    """Make a model again from its part of a run's plain configuration; UserError if unknown.
+    """Make a model again from its part of a run's plain configuration; UserError if unknown."""
+    model: Model = _made_of("model", config)
+    return model
 
-    A key that the configuration does not have yet keeps its default.
-    """
-    for model in GROUPS["model"].values():
-        if type(model).__name__ == config["_type"]:
-            defaults = vars(model)
+
+def adapter_of(config: Mapping[str, Any]) -> Adapter:
+    """Make an adapter again from its part, which runs of older programs lack: they have none."""
+    adapter: Adapter = _made_of("adapter", config or {"_type": "NoAdapter"})
+    return adapter
+
+
+def _made_of(group: str, config: Mapping[str, Any]) -> Any:
+    """Make an option again; a key that the configuration does not have yet keeps its default."""
+    for option in GROUPS[group].values():
+        if type(option).__name__ == config["_type"]:
+            defaults = vars(option)
             values = {key: value for key, value in config.items() if key != "_type"}
             for key in values.keys() & defaults.keys():
                 if isinstance(defaults[key], Enum):
                     values[key] = type(defaults[key])[values[key]]
-            return replace(model, **values)
-    raise UserError(f"model {config['_type']} is not one that this version knows")
+            return replace(option, **values)
+    raise UserError(f"{group} {config['_type']} is not one that this version knows")
 
 
 def register() -> None:

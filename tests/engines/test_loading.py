@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from tests.engines.test_zero3 import zero3
-from tests.engines.tools import Trial, fsdp2
+from tests.engines.tools import OPTIM, Trial, fsdp2
 from tests.helpers import spawn
 from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages
 from twinflow_train.engines.base import Engine
-from twinflow_train.engines.fsdp2 import FSDP2
-from twinflow_train.engines.zero3 import Network, ZeRO3
+from twinflow_train.engines.fsdp2 import FSDP2, fill
+from twinflow_train.engines.zero3 import Module, ZeRO3
 from twinflow_train.models import weights as weight_files
-from twinflow_train.models.base import VelocityNet
+from twinflow_train.models.adapter import Assembly, NoAdapter
 from twinflow_train.models.qwen_image import QwenImage
 from twinflow_train.models.weights import Weights
 
@@ -57,19 +57,26 @@ def load(world: World, engine: str, folder: str | None) -> int:
     return resident.peak - resident.begun
 
 
-def fsdp2_loads(world: World, weights: Weights) -> VelocityNet:
+def fsdp2_loads(world: World, weights: Weights) -> Assembly:
     engine = ENGINES["fsdp2"]
     assert isinstance(engine, FSDP2)
-    return engine._network(SIZE, weights, engine._mesh(world), offload=False)
+    engine._shard(average := one("average"), engine._mesh(world), Averages())
+    fill(average, weights)
+    return average
 
 
-def zero3_loads(world: World, weights: Weights) -> Network:
+def zero3_loads(world: World, weights: Weights) -> Module:
     engine = ENGINES["zero3"]
     assert isinstance(engine, ZeRO3)
-    config = engine._config(world, host_weights=False)
-    network = Network.frozen(engine._network(SIZE, world, config), config, Averages(), world)
-    network.fill(weights)
-    return network
+    module = engine._module(one("average"), OPTIM, Averages(), world)
+    module.fill(weights)
+    return module
+
+
+def one(kind: str) -> Assembly:
+    """Build a network that is not trained."""
+    (found,) = NoAdapter().assemble(SIZE, [kind])[1:]
+    return found
 
 
 ENGINES: dict[str, Engine] = {"fsdp2": fsdp2(), "zero3": zero3()}

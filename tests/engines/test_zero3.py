@@ -233,7 +233,7 @@ def alive() -> int:
 def numbers(sharded: Sharded) -> tuple[int, int, int]:
     """Count what this rank holds, padding included: trained, frozen, averaged."""
     assert isinstance(sharded, ShardedZeRO3)
-    model, average = (sharded._networks[kind].parts for kind in ("model", "average"))
+    model, average = (sharded._parts[kind] for kind in ("model", "average"))
     trained = sum(len(part.state) for part in model if part.moments)
     frozen = sum(len(part.state) for part in model if not part.moments)
     return trained, frozen, sum(len(part.state) for part in average)

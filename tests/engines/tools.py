@@ -19,6 +19,7 @@ from twinflow_train.engines.average import Averages
 from twinflow_train.engines.base import Engine, Precision, Sharded
 from twinflow_train.engines.fsdp2 import FSDP2
 from twinflow_train.engines.optim import AdamW, Optim, RAdam
+from twinflow_train.models.adapter import Adapter, NoAdapter
 from twinflow_train.models.base import VelocityNet
 from twinflow_train.models.qwen_image import QwenImage
 from twinflow_train.models.weights import RandomWeights
@@ -84,6 +85,7 @@ class Trial:
     objective: TwinFlow
     optim: Optim
     average: Averages
+    adapter: Adapter
 
     @staticmethod
     def of(micro_batch: int, **settings: Any) -> Trial:
@@ -93,6 +95,7 @@ class Trial:
             "objective": objective(),
             "optim": OPTIM,
             "average": Averages(),
+            "adapter": NoAdapter(),
         }
         return Trial(**(usual | settings), micro_batch=micro_batch)
 
@@ -100,7 +103,8 @@ class Trial:
         """Build the engine from weights of `seed`."""
         return self.engine.shard(
             size,
-            weights(seed),
+            self.adapter.weights(weights(seed), seed=seed),
+            adapter=self.adapter,
             optim=self.optim,
             decay=self.objective.teacher_decay,
             average=self.average,

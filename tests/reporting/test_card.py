@@ -10,6 +10,7 @@ import pytest
 from twinflow_train.flow.sampler import FEW, MANY, Style
 from twinflow_train.reporting import card
 
+HOLDS = "`transformer/` holds"
 MANIFEST: dict[str, Any] = {
     "twinflow_train": "1.2.3",
     "commit": None,
@@ -41,7 +42,15 @@ SUMMARY = {
 
 
 def text(folder: Path, kind: str, summary: dict[str, Any]) -> str:
-    card.write(folder, manifest=MANIFEST, kind=kind, step=1500, samples=48000, summary=summary)
+    card.write(
+        folder,
+        manifest=MANIFEST,
+        holds=HOLDS,
+        kind=kind,
+        step=1500,
+        samples=48000,
+        summary=summary,
+    )
     return (folder / card.CARD).read_text()
 
 
@@ -79,7 +88,9 @@ def test_sampler_settings_travel_with_the_weights(tmp_path: Path) -> None:
 def test_a_flow_matching_base_is_not_called_a_few_step_model(tmp_path: Path) -> None:
     objective = {"_type": "TwinFlow", "order": 0, "rectify_weight": 0.0}
     manifest = MANIFEST | {"config": MANIFEST["config"] | {"objective": objective}}
-    card.write(tmp_path, manifest=manifest, kind="model", step=1, samples=2, summary={})
+    card.write(
+        tmp_path, manifest=manifest, holds=HOLDS, kind="model", step=1, samples=2, summary={}
+    )
     said = (tmp_path / card.CARD).read_text()
     assert "many steps" in said
     assert "few-step" not in said
@@ -98,7 +109,9 @@ def test_a_flow_matching_base_is_not_called_a_few_step_model(tmp_path: Path) -> 
 def test_a_card_does_not_say_where_things_lie(tmp_path: Path, place: str, said: str) -> None:
     config = MANIFEST["config"] | {"init_from": place, "data": {"path": place}}
     manifest = MANIFEST | {"config": config}
-    card.write(tmp_path, manifest=manifest, kind="model", step=1, samples=2, summary={})
+    card.write(
+        tmp_path, manifest=manifest, holds=HOLDS, kind="model", step=1, samples=2, summary={}
+    )
     lines = (tmp_path / card.CARD).read_text().splitlines()
     assert f"- start: {said}" in lines
     assert f"- data: {said}" in lines

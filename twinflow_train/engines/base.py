@@ -16,6 +16,7 @@ from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages
 from twinflow_train.engines.optim import Optim
 from twinflow_train.errors import UserError, check
+from twinflow_train.models.adapter import BASE, Adapter
 from twinflow_train.models.base import Model
 from twinflow_train.models.weights import Weights
 
@@ -53,16 +54,20 @@ class Sharded(Protocol):
     """A student in training and its teacher, spread over the ranks.
 
     averages: the averaged networks by their kind, "average" (the teacher's) and "slow".
+    base: the network that training began with, where it is still at hand.
+    frozen: how many numbers are held beside the state, and never change.
     updates: optimizer steps taken.
     """
 
     student: Velocity
     teacher: Velocity
     averages: Mapping[str, Velocity]
+    base: Velocity | None
+    frozen: int
     updates: int
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Give the shape of each of the student's parameters, by its name in weight files."""
+        """Give the shape of each of the student's own parameters, by its name in weight files."""
         ...
 
     def networks(self) -> dict[str, Velocity]:
@@ -97,10 +102,23 @@ class Sharded(Protocol):
         ...
 
 
-def evaluated(student: Velocity, averages: Mapping[str, Velocity]) -> dict[str, Velocity]:
-    """Name the networks to evaluate as tables and metrics do."""
-    shown = {"average": "ema", "slow": "slow"}
-    return {"raw": student} | {shown[kind]: network for kind, network in averages.items()}
+class Networks:
+    """A run's networks by what they are for (see `Sharded`), out of those that it has by kind."""
+
+    def __init__(self, found: Mapping[str, Velocity], decays: Mapping[str, float]) -> None:
+        self.student: Velocity = found["model"]
+        self.teacher: Velocity = found.get("frozen") or found.get("average") or self.student
+        self.averages: Mapping[str, Velocity] = {
+            kind: found[kind] for kind, decay in decays.items() if decay < 1
+        }
+        self.base: Velocity | None = found.get(BASE)
+        self.updates = 0
+
+    def networks(self) -> dict[str, Velocity]:
+        """Name the networks to evaluate: "raw" and, where there are averages, "ema" and "slow"."""
+        shown = {"average": "ema", "slow": "slow"}
+        averages = {shown[kind]: network for kind, network in self.averages.items()}
+        return {"raw": self.student} | averages
 
 
 def not_finite(norm: Tensor, updates: int) -> UserError:
@@ -136,6 +154,7 @@ class Engine(ABC):
         model: Model,
         weights: Weights,
         *,
+        adapter: Adapter,
         optim: Optim,
         decay: float,
         average: Averages,
@@ -143,6 +162,16 @@ class Engine(ABC):
     ) -> Sharded:
         """Build, shard and fill the student, and the networks that follow it.
 
-        decay: of the teacher; 0: it is the student itself; 1: it stays as it was; else it is
-        averaged. average: how averages are held, and whether there is a second one.
+        weights: of all that the adapter makes of the model (see `Adapter.weights`). decay: of the
+        teacher; 0: it is the student itself; 1: it stays as it was; else it is averaged. average:
+        how averages are held, and whether there is a second one.
         """
+
+    def held(self, kind: str, average: Averages) -> torch.dtype:
+        """Return the type in which parameters of a kind are held.
+
+        What is never updated needs no more digits than it is computed with.
+        """
+        if kind in ("model", BASE):
+            return torch.float32 if kind == "model" else self.precision.dtype
+        return torch.bfloat16 if average.bf16 else torch.float32

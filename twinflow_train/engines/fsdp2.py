@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +18,14 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from twinflow_train.batch import Velocity
 from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages, decay_at, follow
-from twinflow_train.engines.base import Engine, Span, evaluated, not_finite
+from twinflow_train.engines.base import Engine, Networks, Span, not_finite
 from twinflow_train.engines.optim import MOMENTS, Optim, Saved, set_rate, set_updates
 from twinflow_train.engines.recompute import recompute_every
 from twinflow_train.errors import UserError, check
-from twinflow_train.models.base import Model, VelocityNet
+from twinflow_train.models.adapter import BASE, Adapter, Assembly
+from twinflow_train.models.base import Model
 from twinflow_train.models.weights import Weights
 
 
@@ -56,24 +56,19 @@ class FSDP2(Engine):
         model: Model,
         weights: Weights,
         *,
+        adapter: Adapter,
         optim: Optim,
         decay: float,
         average: Averages,
         world: World,
     ) -> ShardedFSDP2:
         """Build, shard and fill the networks (see `Engine`)."""
-        mesh = self._mesh(world)
-        decays = average.decays(decay)
-        student = self._network(model, weights, mesh, offload=self.offload)
-        second = {
-            kind: self._network(
-                model, weights, mesh, offload=average.offload, bf16=average.bf16
-            ).requires_grad_(False)
-            for kind in decays
-        }
-        if "frozen" in second:
-            second["frozen"].keep_own_clock()
-        return ShardedFSDP2(student, second, decays=decays, optim=optim, mesh=mesh, world=world)
+        mesh, decays = self._mesh(world), average.decays(decay)
+        assemblies = adapter.assemble(model, list(decays))
+        for one in assemblies:
+            self._shard(one, mesh, average)
+            fill(one, weights)
+        return ShardedFSDP2(assemblies, decays=decays, optim=optim, mesh=mesh, world=world)
 
     def _mesh(self, world: World) -> DeviceMesh:
         """Arrange the ranks: neighbours share one copy of the state."""
@@ -88,13 +83,11 @@ class FSDP2(Engine):
         copies = world.size // over
         return init_device_mesh(device, (copies, over), mesh_dim_names=("replicate", "shard"))
 
-    def _network(
-        self, model: Model, weights: Weights, mesh: DeviceMesh, *, offload: bool, bf16: bool = False
-    ) -> VelocityNet:
-        """Build one network on meta, shard it, and read this rank's rows of the weights."""
-        net = model.build()
-        if bf16:
-            net.to(torch.bfloat16)
+    def _shard(self, assembly: Assembly, mesh: DeviceMesh, average: Averages) -> None:
+        """Cut one module over the ranks, and take the memory for this rank's part of it."""
+        net, offload = assembly.net, self.offload if assembly.trained else average.offload
+        for kind, _, parameter in assembly.tensors():
+            parameter.data = parameter.data.to(self.held(kind, average))
         if self.recompute:
             call = recompute_every(
                 self.recompute, len(net.blocks), keep_products=self.keep_products
@@ -116,43 +109,39 @@ class FSDP2(Engine):
                 offload_policy=place or OffloadPolicy(),
             )
         net.to_empty(device="cpu" if offload else mesh.device_type)
-        fill(net, weights)
-        return net
 
 
-class ShardedFSDP2:
+class ShardedFSDP2(Networks):
     """A student and the networks that follow it under FSDP2 (see `Sharded`)."""
 
     def __init__(
         self,
-        student: VelocityNet,
-        second: Mapping[str, VelocityNet],
+        assemblies: Sequence[Assembly],
         *,
         decays: Mapping[str, float],
         optim: Optim,
         mesh: DeviceMesh,
         world: World,
     ) -> None:
-        self._net, self._second, self._decays = student, second, decays
-        self._optim, self._mesh, self._world = optim, mesh, world
+        found = {kind: each for one in assemblies for kind, each in one.networks.items()}
+        super().__init__(found, decays)
+        self._decays, self._optim, self._mesh, self._world = decays, optim, mesh, world
         # The sharded parameters, held here: while gathered, a module shows others in their place.
-        self._shards = {kind: _sharded(net) for kind, net in {"model": student, **second}.items()}
-        self._trained = [p for p in student.parameters() if p.requires_grad]
+        self._shards: dict[str, dict[str, DTensor]] = {}
+        self.frozen = 0
+        for kind, name, parameter in (each for one in assemblies for each in one.tensors()):
+            if kind == BASE:
+                self.frozen += parameter.numel()
+            else:
+                self._shards.setdefault(kind, {})[name] = _dtensor(parameter)
+        moving = {"model", *self.averages}
+        self._moving = [one.net for one in assemblies if moving & one.networks.keys()]
+        self._trained = [p for one in assemblies for p in one.net.parameters() if p.requires_grad]
         self._optimizer = optim.build(self._trained)
-        self.updates = 0
-        self.student: Velocity = student
-        self.teacher: Velocity = second.get("frozen") or second.get("average") or student
-        self.averages: Mapping[str, Velocity] = {
-            kind: net for kind, net in second.items() if decays[kind] < 1
-        }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Give the shape of each of the student's parameters, by its name in weight files."""
+        """Give the shape of each of the student's own parameters, by its name in weight files."""
         return {name: tuple(p.shape) for name, p in self._shards["model"].items()}
-
-    def networks(self) -> dict[str, Velocity]:
-        """Name the networks to evaluate: "raw" and, where there are averages, "ema" and "slow"."""
-        return evaluated(self.student, self.averages)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of this rank's share of the loss; reduces at once.
@@ -160,7 +149,7 @@ class ShardedFSDP2:
         Only the sum over replicated copies waits for the last micro-step. FSDP2 averages over
         ranks, the loss is summed over them: hence the factor.
         """
-        _fsdp(self._net).set_requires_all_reduce(last)
+        _fsdp(self._moving[0]).set_requires_all_reduce(last)
         (loss * self._world.size).backward()
 
     def step(self, rate: float) -> Tensor:
@@ -178,14 +167,13 @@ class ShardedFSDP2:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.updates += 1
-        for kind, decay in self._decays.items():
-            if decay < 1:
-                now = decay_at(decay, self.updates)
-                # The same draws in every copy of a shard, or copies would drift apart.
-                path = (kind, self.updates, self._mesh.get_local_rank("shard"))
-                follow(self._locals(kind), self._locals("model"), now, path=path)
-                reshard(self._second[kind])
-        reshard(self._net)
+        for kind in self.averages:
+            now = decay_at(self._decays[kind], self.updates)
+            # The same draws in every copy of a shard, or copies would drift apart.
+            path = (kind, self.updates, self._mesh.get_local_rank("shard"))
+            follow(self._locals(kind), self._locals("model"), now, path=path)
+        for net in self._moving:
+            reshard(net)
         return norm
 
     def discard(self) -> Tensor:
@@ -223,7 +211,8 @@ class ShardedFSDP2:
                 yield name, tensor.cpu()
 
     def _locals(self, kind: str) -> list[Tensor]:
-        return [_dtensor(shard.detach()).to_local() for shard in self._shards[kind].values()]
+        shards = self._shards[kind]
+        return [_dtensor(shards[name].detach()).to_local() for name in self._shards["model"]]
 
 
 def reshard(net: nn.Module) -> None:
@@ -233,9 +222,10 @@ def reshard(net: nn.Module) -> None:
             module.reshard()
 
 
-def fill(net: VelocityNet, weights: Weights) -> None:
+def fill(assembly: Assembly, weights: Weights) -> None:
     """Load each parameter's own rows from `weights`; no rank holds more than one whole tensor."""
-    for name, shard in _sharded(net).items():
+    for _, name, parameter in assembly.tensors():
+        shard = _dtensor(parameter)
         local = shard.to_local()
         start = _first_row(shard)
         rows = weights.read(name, shard.shape, start, start + len(local))
@@ -264,11 +254,6 @@ def _first_row(shard: DTensor) -> int:
     mesh = shard.device_mesh
     chunk = -(-shard.shape[0] // mesh.size(-1))
     return min(chunk * mesh.get_local_rank(mesh.ndim - 1), shard.shape[0])
-
-
-def _sharded(net: VelocityNet) -> dict[str, DTensor]:
-    """Name a network's sharded parameters as weight files do."""
-    return {net.stored_name(name): _dtensor(p) for name, p in net.named_parameters()}
 
 
 def _fsdp(net: nn.Module) -> FSDPModule:

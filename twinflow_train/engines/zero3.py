@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from twinflow_train.batch import Velocity
 from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages, decay_at, follow
-from twinflow_train.engines.base import Engine, Precision, Span, evaluated, not_finite
-from twinflow_train.engines.optim import MOMENTS, AdamW8bit, Optim, set_rate, set_updates
+from twinflow_train.engines.base import Engine, Networks, Precision, Span, not_finite
+from twinflow_train.engines.optim import AdamW8bit, Optim, set_rate, set_updates
 from twinflow_train.engines.recompute import recompute_every
+from twinflow_train.engines.zero3_parts import Part, held, masters
 from twinflow_train.engines.zero3_setup import cutter, join, settle
 from twinflow_train.errors import UserError
+from twinflow_train.models.adapter import BASE, Adapter, Assembly
 from twinflow_train.models.base import Model, VelocityNet
 from twinflow_train.models.weights import Weights
 
@@ -59,6 +60,7 @@ class ZeRO3(Engine):
         model: Model,
         weights: Weights,
         *,
+        adapter: Adapter,
         optim: Optim,
         decay: float,
         average: Averages,
@@ -77,19 +79,21 @@ class ZeRO3(Engine):
             )
         decays = average.decays(decay)
         join(world)
-        config = self._config(world, host_weights=self.offload_weights, clip=optim.clip)
-        student = Network.trained(self._network(model, world, config), config, optim, world)
-        config = self._config(world, host_weights=average.offload)
-        second = {
-            kind: Network.frozen(self._network(model, world, config), config, average, world)
-            for kind in decays
-        }
-        if "frozen" in second:
-            second["frozen"].net.keep_own_clock()
-        for network in (student, *second.values()):
-            network.fill(weights)
+        assemblies = adapter.assemble(model, list(decays))
+        modules = [self._module(one, optim, average, world) for one in assemblies]
+        for module in modules:
+            module.fill(weights)
         settle(world)
-        return ShardedZeRO3(student, second, decays=decays, world=world)
+        return ShardedZeRO3(modules, decays=decays, world=world)
+
+    def _module(self, assembly: Assembly, optim: Optim, average: Averages, world: World) -> Module:
+        """Cut a module, hand it to ZeRO-3, and find this rank's parts in what that holds."""
+        host = self.offload_weights if assembly.trained else average.offload
+        clip = optim.clip if assembly.trained else 0.0
+        config = self._config(world, host_weights=host, clip=clip)
+        self._cut(assembly.net, world, config)
+        types = {kind: self.held(kind, average) for kind, _ in assembly.owners.values()}
+        return Module.of(assembly, config, optim if assembly.trained else None, types, world)
 
     def _config(self, world: World, *, host_weights: bool, clip: float = 0.0) -> dict[str, Any]:
         """Say to DeepSpeed what our options mean."""
@@ -116,186 +120,100 @@ class ZeRO3(Engine):
             },
         }
 
-    def _network(self, model: Model, world: World, config: dict[str, Any]) -> VelocityNet:
-        """Build one network on meta and cut it; each rank reads its own part afterwards.
+    def _cut(self, net: VelocityNet, world: World, config: dict[str, Any]) -> None:
+        """Cut a network that is on meta; each rank reads its own part afterwards.
 
         ZeRO-3 cuts only whole tensors. Here they are empty and go a layer at a time.
         """
-        net, cut = model.build().to(self.precision.dtype), cutter()
+        net.to(self.precision.dtype)
+        cut = cutter()
         if self.recompute:
             net.recompute(recompute_every(self.recompute, len(net.blocks)))
         for module in reversed(list(net.modules())):  # what is inside of another one first
             if any(p.is_meta for p in module.parameters(recurse=False)):
                 module.to_empty(device=world.device, recurse=False)
                 cut(module=module, config_dict_or_path=config)
-        return net
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """This rank's part of a parameter; the last parts are padded, so that all are equally long.
+class Module:
+    """An assembly under ZeRO-3 and this rank's parts of it, by kind; `engine` is DeepSpeed's."""
 
-    name, shape: of the whole. offset: where the part begins in the whole, flattened.
-    state: the part itself, padded. source: what the parameter is gathered from, in the type that
-    the network computes in; the same tensor if the types agree. moments: the optimizer's, padded.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    state: Tensor
-    source: Tensor
-    moments: Mapping[str, Tensor]
+    def __init__(
+        self, engine: Any, assembly: Assembly, parts: Mapping[str, Sequence[Part]]
+    ) -> None:
+        self.engine, self.assembly, self.parts = engine, assembly, parts
 
     @staticmethod
     def of(
-        name: str, parameter: Any, state: Tensor, moments: Mapping[str, Tensor], world: World
-    ) -> Part:
-        """Describe this rank's part of a cut parameter."""
-        return Part(
-            name=name,
-            shape=tuple(parameter.ds_shape),
-            offset=world.rank * parameter.partition_numel(),
-            state=state,
-            source=parameter.ds_tensor,
-            moments=moments,
-        )
+        assembly: Assembly,
+        config: dict[str, Any],
+        optim: Optim | None,
+        types: Mapping[str, torch.dtype],
+        world: World,
+    ) -> Module:
+        """Let ZeRO-3 gather a cut module, and train it if there is an optimizer.
 
-    def local(self, padded: Tensor) -> Tensor:
-        """Leave out the padding."""
-        return padded[: max(0, math.prod(self.shape) - self.offset)]
-
-    def span(self, kind: str, padded: Tensor) -> Span:
-        """Describe the state or a moment."""
-        return Span(
-            kind=kind,
-            name=self.name,
-            shape=self.shape,
-            offset=min(self.offset, math.prod(self.shape)),
-            local=self.local(padded),
-        )
-
-    def fill(self, weights: Weights) -> None:
-        """Read this rank's rows of the weights, the first and the last of them perhaps in part."""
-        self.state.zero_()
-        local, width = self.local(self.state), math.prod(self.shape[1:])
-        if local.numel():
-            first, last = self.offset // width, -(-(self.offset + len(local)) // width)
-            rows = weights.read(self.name, torch.Size(self.shape), first, last).reshape(-1)
-            begin = self.offset - first * width
-            local.copy_(rows[begin : begin + len(local)])
-
-
-class Network:
-    """A network under ZeRO-3 and this rank's parts of it; `engine` is DeepSpeed's around `net`."""
-
-    def __init__(self, engine: Any, net: VelocityNet, parts: Sequence[Part]) -> None:
-        self.engine, self.net, self.parts = engine, net, parts
-
-    @staticmethod
-    def trained(net: VelocityNet, config: dict[str, Any], optim: Optim, world: World) -> Network:
-        """Let ZeRO-3 train a cut network; its parts are views into what ZeRO-3 holds."""
+        types: in which the parts of each kind are held. Those that are trained are views into what
+        ZeRO-3 holds.
+        """
         import deepspeed
 
+        trained = [p for p in assembly.net.parameters() if p.requires_grad] if optim else []
         engine, zero, *_ = deepspeed.initialize(
-            model=net,
-            optimizer=optim.build([p for p in net.parameters() if p.requires_grad]),
+            model=assembly.net,
+            optimizer=optim.build(trained) if optim else None,
             config=config,
             dist_init_required=False,
         )
-        # Cut tensors have no numbers of their own: the moments above are empty.
-        zero.optimizer.state = optim.build(zero.fp32_partitioned_groups_flat).state
-        masters = _masters(zero)
-        parts = []
-        for name, parameter in _named(net):
-            if parameter in masters:
-                state, moments = masters[parameter]
-            else:  # frozen: ZeRO-3 has no float32 of it
-                state, moments = _held(parameter.ds_tensor, torch.float32, zero.device), {}
-            parts.append(Part.of(name, parameter, state, moments, world))
-        return Network(engine, net, parts)
-
-    @staticmethod
-    def frozen(
-        net: VelocityNet, config: dict[str, Any], average: Averages, world: World
-    ) -> Network:
-        """Let ZeRO-3 gather a cut network that is not trained."""
-        import deepspeed
-
-        net.requires_grad_(False)
-        engine, *_ = deepspeed.initialize(model=net, config=config, dist_init_required=False)
-        dtype = torch.bfloat16 if average.bf16 else torch.float32
-        parts = []
-        for name, parameter in _named(net):
-            state = _held(parameter.ds_tensor, dtype, parameter.ds_tensor.device)
-            parts.append(Part.of(name, parameter, state, {}, world))
-        return Network(engine, net, parts)
+        updated = {}
+        if optim:
+            # Cut tensors have no numbers of their own: the moments above are empty.
+            zero.optimizer.state = optim.build(zero.fp32_partitioned_groups_flat).state
+            updated = masters(zero)
+        parts: dict[str, list[Part]] = {}
+        parameter: Any  # with more to it than torch knows
+        for kind, name, parameter in assembly.tensors():
+            if parameter in updated:
+                state, moments = updated[parameter]
+            else:  # ZeRO-3 has it in the type that the network computes in, and no other
+                device = zero.device if kind == "model" and optim else parameter.ds_tensor.device
+                state, moments = held(parameter.ds_tensor, types[kind], device), {}
+            parts.setdefault(kind, []).append(Part.of(name, parameter, state, moments, world))
+        return Module(engine, assembly, parts)
 
     def fill(self, weights: Weights) -> None:
         """Load the weights."""
-        for part in self.parts:
-            part.fill(weights)
-        self.commit()
+        for parts in self.parts.values():
+            for part in parts:
+                part.fill(weights)
+        self.commit(self.parts.keys())
 
     @torch.no_grad()
-    def commit(self) -> None:
-        """Compute with the present state from now on."""
-        torch._foreach_copy_([p.source for p in self.parts], [p.state for p in self.parts])
+    def commit(self, kinds: Iterable[str]) -> None:
+        """Compute with the present state of these kinds from now on."""
+        parts = [part for kind in kinds for part in self.parts.get(kind, ())]
+        torch._foreach_copy_([p.source for p in parts], [p.state for p in parts])
         self.engine.optimizer.empty_partition_cache()  # gathered before
 
 
-def _named(net: VelocityNet) -> Iterator[tuple[str, Any]]:
-    """Yield a network's cut parameters, with more to them than torch knows, and stored names."""
-    yield from ((net.stored_name(name), parameter) for name, parameter in net.named_parameters())
-
-
-def _masters(zero: Any) -> dict[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-    """Find each trained parameter's float32 part and its moments in ZeRO-3's flat ones."""
-    found = {}
-    for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
-        sizes = [parameter.partition_numel() for parameter in group]
-        states = flat.detach().split(sizes)
-        moments = [zero.optimizer.state[flat][kind].split(sizes) for kind in MOMENTS]
-        for parameter, state, *rest in zip(group, states, *moments, strict=True):
-            found[parameter] = state, dict(zip(MOMENTS, rest, strict=True))
-    return found
-
-
-def _held(source: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Give a shard itself if it has the type, else room for one that has."""
-    return source if source.dtype == dtype else torch.zeros_like(source, dtype=dtype, device=device)
-
-
-class ShardedZeRO3:
+class ShardedZeRO3(Networks):
     """A student and the networks that follow it under ZeRO-3 (see `Sharded`)."""
 
     def __init__(
-        self,
-        student: Network,
-        second: Mapping[str, Network],
-        *,
-        decays: Mapping[str, float],
-        world: World,
+        self, modules: Sequence[Module], *, decays: Mapping[str, float], world: World
     ) -> None:
-        self._decays, self._world = decays, world
-        self._engine = student.engine
-        self._networks = {"model": student, **second}
-        self.updates = 0
+        found = {kind: each for m in modules for kind, each in m.assembly.networks.items()}
+        self._modules, self._engine = modules, modules[0].engine
         # Through the engine, which counts the micro-steps; the others have none to count.
-        self.student: Velocity = student.engine
-        teacher = second.get("frozen") or second.get("average")
-        self.teacher: Velocity = teacher.net if teacher else self.student
-        self.averages: Mapping[str, Velocity] = {
-            kind: network.net for kind, network in second.items() if decays[kind] < 1
-        }
+        super().__init__(found | {"model": self._engine}, decays)
+        self._decays, self._world = decays, world
+        self._parts = {kind: parts for m in modules for kind, parts in m.parts.items()}
+        base = self._parts.pop(BASE, ())
+        self.frozen = sum(math.prod(part.shape) for part in base)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Give the shape of each of the student's parameters, by its name in weight files."""
-        return {part.name: part.shape for part in self._networks["model"].parts}
-
-    def networks(self) -> dict[str, Velocity]:
-        """Name the networks to evaluate: "raw" and, where there are averages, "ema" and "slow"."""
-        return evaluated(self.student, self.averages)
+        """Give the shape of each of the student's own parameters, by its name in weight files."""
+        return {part.name: part.shape for part in self._parts["model"]}
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of this rank's share of the loss; reduces at once.
@@ -322,13 +240,14 @@ class ShardedZeRO3:
         if not self._engine.was_step_applied():
             raise not_finite(norm, self.updates)
         self.updates += 1
-        masters = [part.state for part in self._networks["model"].parts]
-        for kind, decay in self._decays.items():
-            if decay < 1:
-                now = decay_at(decay, self.updates)
-                average = [part.state for part in self._networks[kind].parts]
-                follow(average, masters, now, path=(kind, self.updates, self._world.rank))
-                self._networks[kind].commit()
+        states = [part.state for part in self._parts["model"]]
+        for kind in self.averages:
+            now = decay_at(self._decays[kind], self.updates)
+            average = [part.state for part in self._parts[kind]]
+            follow(average, states, now, path=(kind, self.updates, self._world.rank))
+        for module in self._modules:
+            if following := self.averages.keys() & module.parts.keys():
+                module.commit(following)
         settle(self._world)
         return norm
 
@@ -342,10 +261,10 @@ class ShardedZeRO3:
 
     def spans(self) -> Iterator[Span]:
         """Yield this rank's part of every parameter, average and moment as flat views."""
-        for kind, network in self._networks.items():
-            for part in network.parts:
+        for kind, parts in self._parts.items():
+            for part in parts:
                 yield part.span(kind, part.state)
-        for part in self._networks["model"].parts:
+        for part in self._parts["model"]:
             for kind, moment in part.moments.items():
                 yield part.span(kind, moment)
 
@@ -353,13 +272,13 @@ class ShardedZeRO3:
         """Take note that the spans were filled from a checkpoint after `updates` updates."""
         self.updates = updates
         set_updates(self._engine.optimizer.optimizer, updates)
-        for network in self._networks.values():
-            network.commit()
+        for module in self._modules:
+            module.commit(self._parts.keys())
         settle(self._world)
 
     def whole(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, whole tensor on the CPU) of a kind of weights on rank 0; collective."""
-        for part in self._networks[kind].parts:
+        for part in self._parts[kind]:
             parts = self._world.gather(part.state.to(self._world.device))
             if self._world.main:
                 yield part.name, parts.flatten()[: math.prod(part.shape)].view(part.shape).cpu()

@@ -99,14 +99,14 @@ class Model(ABC):
     channels: of a latent; patch: side of the square of latents that becomes one token.
     text_width: width of the text embeddings.
     target_time: how the target time enters.
-    second: the family's second time embedder. lora_targets: stock linear layers that a LoRA adapts
-    if the configuration names none, by the ends of their names. absent: what a config.json that is
-    older than a key means by not having it.
+    second: the family's second time embedder. absent: what a config.json that is older than a key
+    means by not having it. lora_targets: stock linear layers that a LoRA adapts if the
+    configuration names none, by the ends of their names; empty where there is no LoRA.
     """
 
     second: ClassVar[SecondEmbedder]
     absent: ClassVar[Mapping[str, object]] = {}
-    lora_targets: ClassVar[tuple[str, ...]]
+    lora_targets: ClassVar[tuple[str, ...]] = ()
 
     channels: int
     patch: int

@@ -18,6 +18,8 @@ from twinflow_train.rng import generator
 
 WEIGHTS = "diffusion_pytorch_model"
 SHARD_BYTES = 5 * 1024**3
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What pipelines call a LoRA's file."""
 
 
 @runtime_checkable
@@ -120,6 +122,11 @@ def _check_config(folder: Path, config: dict[str, object], absent: Mapping[str, 
     if not folder.is_dir():
         raise UserError(
             f"init_from: {folder} does not exist; give a diffusers folder or an export of a run"
+        )
+    if (folder / LORA_FILE).is_file():
+        raise UserError(
+            f"init_from: {folder} holds a LoRA and not the network that it is for; write both "
+            "as one, python -m twinflow_train.export RUN --merge, and give that folder"
         )
     if not path.is_file():
         raise UserError(

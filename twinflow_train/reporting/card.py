@@ -22,6 +22,7 @@ def write(
     folder: Path,
     *,
     manifest: Mapping[str, Any],
+    holds: str,
     kind: str,
     step: int,
     samples: int,
@@ -29,14 +30,14 @@ def write(
 ) -> None:
     """Write card and sampler settings into an export's folder.
 
-    manifest: the run's. kind: of the weights. summary: results of this step, as in
-    `summary.json`, or nothing.
+    manifest: the run's. holds: the beginning of a sentence, which names the files of weights.
+    kind: of the weights. summary: results of this step, as in `summary.json`, or nothing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     samplers = MANY if _many(manifest) else FEW
     settings = [_plain(sampler) for sampler in samplers.values()]
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
-    lines = _card(manifest, kind=kind, step=step, samples=samples, summary=summary)
+    lines = _card(manifest, holds=holds, kind=kind, step=step, samples=samples, summary=summary)
     (folder / CARD).write_text("\n".join(lines) + "\n")
 
 
@@ -60,6 +61,7 @@ def _plain(sampler: Sampler) -> dict[str, Any]:
 def _card(
     manifest: Mapping[str, Any],
     *,
+    holds: str,
     kind: str,
     step: int,
     samples: int,
@@ -74,7 +76,7 @@ def _card(
     yield (
         f"A {config['model']['_type']} transformer that {_does(manifest)}, by TwinFlow Train "
         f"{manifest['twinflow_train']}. "
-        f"`transformer/` holds the {WEIGHTS[kind]} after {step:,} steps on {samples:,} samples; "
+        f"{holds} the {WEIGHTS[kind]} after {step:,} steps on {samples:,} samples; "
         f"`{SETTINGS}` says how to sample."
     )
     yield from ["", "## How it was made", ""]
@@ -86,6 +88,8 @@ def _card(
             f"- {name.replace('_', ' ')} of the data: {value}" for name, value in each.items()
         )
     yield f"- batch {config['batch']}, {config['optim']['_type']}, {_settings(config['optim'])}"
+    if adapter := _settings(config.get("adapter", {})):
+        yield f"- adapter {config['adapter']['_type']}: {adapter}"
     yield f"- objective {config['objective']['_type']}: {_settings(config['objective'])}"
     yield f"- seed {config['seed']}, code {manifest['commit'] or 'not from a checkout'}"
     rows = _of(summary.get("results", []), kind)
