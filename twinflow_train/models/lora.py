@@ -158,7 +158,8 @@ class LoRA(Adapter):
             if module.weight.requires_grad:
                 met.update(ends)
                 found[own] = module
-        if unmet := [end for end in wanted if end not in met]:
+        # The family's may all be such layers: a network of one block has no use for its text's.
+        if unmet := [end for end in self.targets if end not in met]:
             raise UserError(
                 f"adapter.targets: no layer that an output depends on is named {listed(unmet)}; "
                 f"usual for this model are: {', '.join(model.lora_targets)}"
