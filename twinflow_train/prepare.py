@@ -12,7 +12,7 @@ from twinflow_train.encoding.captions import Captions
 from twinflow_train.encoding.folder import Folder
 from twinflow_train.encoding.generated import Generated
 from twinflow_train.encoding.images import NoImages, Stored
-from twinflow_train.encoding.job import Job
+from twinflow_train.encoding.job import jobs
 from twinflow_train.encoding.parquet import Parquet
 from twinflow_train.encoding.settings import Preparation
 from twinflow_train.encoding.summary import lines
@@ -46,8 +46,8 @@ def register() -> None:
 
 def prepare(settings: Preparation) -> int:
     """Do this worker's part and say what was done."""
-    worker = Worker.here()
-    print("\n".join(lines(Job(settings, worker).run(), settings, worker)), flush=True)
+    for job in jobs(settings, Worker.here()):
+        print("\n".join(lines(job.run(), job.settings, job.worker)), flush=True)
     return 0
 
 

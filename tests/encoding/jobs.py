@@ -12,7 +12,7 @@ import torch
 
 from tests.pipelines import SIZE, write_pipeline
 from twinflow_train.encoding.images import Stored
-from twinflow_train.encoding.job import Job, Outcome
+from twinflow_train.encoding.job import Outcome, jobs
 from twinflow_train.encoding.settings import Preparation
 from twinflow_train.encoding.workers import Worker
 from twinflow_train.models.qwen_codec import QwenImageCodec, QwenImageEncoders
@@ -51,8 +51,9 @@ def settings(folder: Path, pipeline: Path, **changes: Any) -> Preparation:
 
 
 def run(settings: Preparation, number: int = 0, count: int = 1) -> Outcome:
-    """Do the part of worker `number` of `count`, in this process."""
-    return Job(settings, Worker(number=number, count=count, device=CPU, speaks=False)).run()
+    """Do the part of worker `number` of `count`, in this process, in the one set that is made."""
+    (only,) = jobs(settings, Worker(number=number, count=count, device=CPU, speaks=False))
+    return only.run()
 
 
 def skipped(folder: Path) -> dict[str, str]:

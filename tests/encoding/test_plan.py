@@ -17,6 +17,7 @@ from twinflow_train.encoding.images import NoImages, Stored
 from twinflow_train.encoding.pictures import Size, Unusable
 from twinflow_train.encoding.plan import LEFT_OUT, PLAN, Plan, ahead, make_plan, read_lines
 from twinflow_train.encoding.sources import Content, Reader, Where
+from twinflow_train.encoding.splitting import everything
 from twinflow_train.errors import UserError
 
 
@@ -44,7 +45,7 @@ def planned(folder: Path, reader: Reader, *, per_shard: int = 3, loaders: int = 
     folder.mkdir(parents=True, exist_ok=True)
     make_plan(
         folder, reader, Stored(side=64, ratios=[1.0, 1.5]),
-        multiple=16, samples_per_shard=per_shard, loaders=loaders, show=False,
+        wanted=everything, multiple=16, samples_per_shard=per_shard, loaders=loaders, show=False,
     )  # fmt: skip
     return Plan.read(folder)
 
@@ -103,17 +104,19 @@ def test_why_an_item_is_left_out_is_kept(tmp_path: Path) -> None:
 
 
 def test_nothing_to_prepare_is_an_error_and_no_plan(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing to prepare: 2 items .* list:0 because damaged"):
+    with pytest.raises(
+        UserError, match=r"nothing to prepare .*: 2 items .* list:0 because damaged"
+    ):
         planned(tmp_path, Listed([(0, 1), (0, 1)]))
-    with pytest.raises(UserError, match=r"nothing to prepare: 0 items were found"):
+    with pytest.raises(UserError, match=r"nothing to prepare .*: 0 items were found"):
         planned(tmp_path, Listed([]))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_chosen_sizes_are_taken_in_turn_and_have_to_fit(tmp_path: Path) -> None:
     images = NoImages(sizes=[[64, 64], [32, 96], [64, 64]])
-    make_plan(tmp_path, Listed([(0, 0)] * 7), images, multiple=16, samples_per_shard=9,
-              loaders=2, show=False)  # fmt: skip
+    make_plan(tmp_path, Listed([(0, 0)] * 7), images, wanted=everything, multiple=16,
+              samples_per_shard=9, loaders=2, show=False)  # fmt: skip
     plan = Plan.read(tmp_path)
     tasks = [plan.task(number) for number in range(len(plan))]
     assert {task.size: [item.number for item in task.items] for task in tasks} == {

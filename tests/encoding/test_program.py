@@ -219,14 +219,6 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Program:
     return serve(scratch=scratch, cwd=scratch)
 
 
-@pytest.fixture(scope="module")
-def heldout(prepare: Program, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("heldout")
-    source = write_folder(folder / "source", [0, 4])
-    assert prepare.run(*words(tiny, source, folder / "set")).code == 0
-    return folder / "set"
-
-
 @pytest.mark.parametrize(
     ("kind", "images", "objective"),
     [
@@ -241,7 +233,6 @@ def test_what_was_prepared_is_trained_on(
     prepare: Program,
     train: Program,
     tiny: Path,
-    heldout: Path,
     tmp_path: Path,
     kind: str,
     images: str,
@@ -254,15 +245,15 @@ def test_what_was_prepared_is_trained_on(
         "generated": ["images.sizes=[[64,64]]", f"images.init_from={tiny}",
                       "images.sampler.steps=2", *MODEL],
     }  # fmt: skip
-    chosen = (f"source={kind}", f"images={images}", *more[images])
+    chosen = (f"source={kind}", f"images={images}", "heldout=0.4", *more[images])
     ended = prepare.run(*words(tiny, source, tmp_path / "set", *chosen))
     assert ended.code == 0, ended.err
-    shards = ShardSet(tmp_path / "set")
-    shards.verify()
-    assert len(shards) == 8
+    sets = [tmp_path / "set" / name for name in ("heldout", "train")]
+    assert [f"{path} is whole" in ended.out for path in sets] == [True, True]
+    assert sum(len(ShardSet(path)) for path in sets) == 8
     ended = train.run(
         *MODEL, "engine.precision=fp32", f"init_from={tiny}", f"objective={objective}",
-        f"data.path={tmp_path / 'set'}", f"data.heldout={heldout}", "tracking=none",
+        f"data.heldout={sets[0]}", f"data.path={sets[1]}", "tracking=none",
         "steps=3", "batch=4", "micro_batch=4", "save_every=0", f"folder={tmp_path / 'run'}",
     )  # fmt: skip
     assert ended.code == 0, ended.err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -50,6 +50,10 @@ class Images(ABC):
         return ""
 
     @abstractmethod
+    def of_one_size(self) -> Images:
+        """Return the same of one size alone, for a held-out set."""
+
+    @abstractmethod
     def sizes_for(self, multiple: int) -> tuple[Size, ...]:
         """List the sizes that shards may have; UserError if `multiple` pixels do not divide one."""
 
@@ -89,6 +93,10 @@ class Stored(Images):
         )
         check("images", self, rules)
 
+    def of_one_size(self) -> Stored:
+        """Return the same, all cut to squares."""
+        return replace(self, ratios=[1.0])
+
     def sizes_for(self, multiple: int) -> tuple[Size, ...]:
         """List the sizes of the aspect ratios."""
         return buckets(self.side, self.ratios, multiple)
@@ -127,6 +135,10 @@ class Chosen(Images):
     def __post_init__(self) -> None:
         good = bool(self.sizes) and all(len(s) == 2 and min(s) >= 1 for s in self.sizes)
         check("images", self, [("sizes", good, "a list of [height, width] in pixels")])
+
+    def of_one_size(self) -> Chosen:
+        """Return the same of the first size."""
+        return replace(self, sizes=self.sizes[:1])
 
     def sizes_for(self, multiple: int) -> tuple[Size, ...]:
         """List the sizes; UserError if `multiple` does not divide one."""

@@ -20,6 +20,7 @@ from twinflow_train.encoding.plan import PLAN, Plan, Skipped, make_plan
 from twinflow_train.encoding.records import Made, Record, alone, publish
 from twinflow_train.encoding.settings import Preparation, settle
 from twinflow_train.encoding.sources import Reader
+from twinflow_train.encoding.splitting import Wanted, parts
 from twinflow_train.encoding.verifying import Verified, verify
 from twinflow_train.encoding.workers import Worker
 from twinflow_train.errors import UserError
@@ -44,11 +45,42 @@ class Outcome:
 
 
 @dataclass
-class Job:
-    """One worker's part in a preparation; encoders and source are opened when they are needed."""
+class Tools:
+    """What the sets of a preparation are made with; opened when it is needed, and once."""
 
     settings: Preparation
     worker: Worker
+
+    @cached_property
+    def encoders(self) -> PipelineFolder:
+        """Where the encoders are."""
+        return self.settings.encoders.find()
+
+    @cached_property
+    def codec(self) -> Codec:
+        """The encoders."""
+        return self.settings.encoders.open(self.encoders, self.worker.device)
+
+    @cached_property
+    def reader(self) -> Reader:
+        """The source."""
+        return self.settings.source.open()
+
+
+def jobs(settings: Preparation, worker: Worker) -> list[Job]:
+    """Return a worker's jobs, one for each set that is made."""
+    tools = Tools(settings, worker)
+    return [Job(part.settings, worker, part.wanted, tools) for part in parts(settings)]
+
+
+@dataclass
+class Job:
+    """One worker's part in making a set. wanted: tells of the source's items which go into it."""
+
+    settings: Preparation
+    worker: Worker
+    wanted: Wanted
+    tools: Tools
 
     def run(self) -> Outcome:
         """Do this worker's part; UserError for what the user can mend."""
@@ -57,7 +89,7 @@ class Job:
             keeping.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"folder: {keeping} cannot be made ({error.strerror})") from error
-        settle(keeping, settings.identity(self._encoders.revision, device=self.worker.device))
+        settle(keeping, settings.identity(self.tools.encoders.revision, device=self.worker.device))
         if not (keeping / PLAN).exists():
             self._plan()
         plan = Plan.read(keeping)
@@ -65,29 +97,18 @@ class Job:
         outcome = self._make(plan, mine)
         outcome.left = sum(not Record.path(keeping, n).exists() for n in range(len(plan)))
         if not outcome.left:
-            outcome.manifest, outcome.skipped = assemble(settings, self._encoders, len(plan))
+            outcome.manifest, outcome.skipped = assemble(settings, self.tools.encoders, len(plan))
             if settings.verify and (mine or not self.worker.number):
                 outcome.verified = self._verify(plan)
         return outcome
 
-    @cached_property
-    def _encoders(self) -> PipelineFolder:
-        return self.settings.encoders.find()
-
-    @cached_property
-    def _codec(self) -> Codec:
-        return self.settings.encoders.open(self._encoders, self.worker.device)
-
-    @cached_property
-    def _reader(self) -> Reader:
-        return self.settings.source.open()
-
     def _plan(self) -> None:
         make_plan(
             self.settings.keeping,
-            self._reader,
+            self.tools.reader,
             self.settings.images,
-            multiple=self._codec.multiple,
+            wanted=self.wanted,
+            multiple=self.tools.codec.multiple,
             samples_per_shard=self.settings.samples_per_shard,
             loaders=self.settings.loaders,
             show=self.worker.speaks,
@@ -98,7 +119,9 @@ class Job:
         if not mine:
             return Outcome()
         self._write_null(plan)
-        latents = self.settings.images.open(self._codec, self.settings.model, self.worker.device)
+        latents = self.settings.images.open(
+            self.tools.codec, self.settings.model, self.worker.device
+        )
         total = sum(len(plan.task(number).items) for number in mine)
         began = time.perf_counter()
         with (
@@ -113,8 +136,8 @@ class Job:
         ):
             maker = Maker(
                 settings=self.settings,
-                reader=self._reader,
-                codec=self._codec,
+                reader=self.tools.reader,
+                codec=self.tools.codec,
                 latents=latents,
                 pool=pool,
                 done=bar.update,
@@ -143,7 +166,7 @@ class Job:
         """Write the null prompt's embedding, if no other worker has."""
         folder = Path(self.settings.folder)
         if not (folder / NULL).exists():
-            null = self._codec.embed([self._codec.null_prompt], at_once=1)[0]
+            null = self.tools.codec.embed([self.tools.codec.null_prompt], at_once=1)[0]
             with alone(self.settings.keeping, len(plan), writing=folder / NULL):
                 if not (folder / NULL).exists():
                     write_null(folder, null.to("cpu", self.settings.texts.dtype))
@@ -152,8 +175,8 @@ class Job:
         return verify(
             ShardSet(self.settings.folder, option="folder"),
             plan,
-            reader=self._reader,
-            codec=self._codec,
+            reader=self.tools.reader,
+            codec=self.tools.codec,
             images=self.settings.images,
             path=Path(self.settings.folder) / "verify.png",
         )

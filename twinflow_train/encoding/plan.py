@@ -84,6 +84,7 @@ def make_plan(
     reader: Reader,
     images: Images,
     *,
+    wanted: Callable[[Item], bool],
     multiple: int,
     samples_per_shard: int,
     loaders: int,
@@ -91,10 +92,11 @@ def make_plan(
 ) -> None:
     """Choose each item's size, from the headers of pictures, and deal items of one size to shards.
 
-    Two workers that plan at once write the same. show: a progress bar.
+    Two workers that plan at once write the same. wanted: tells of an item whether it belongs into
+    the set. show: a progress bar.
 
     Raises:
-        UserError: the source has nothing, or nothing of it can be used.
+        UserError: the source has nothing that is wanted, or nothing of it can be used.
     """
     sizes = images.sizes_for(multiple)
 
@@ -105,7 +107,9 @@ def make_plan(
             return Skipped(number=item.number, name=item.name, reason=str(reason))
 
     items = (Item(number=number, where=where) for number, where in enumerate(reader.find()))
-    shown = tqdm(items, desc="planning", unit="item", disable=not show, mininterval=1)
+    shown = tqdm(
+        filter(wanted, items), desc="planning", unit="item", disable=not show, mininterval=1
+    )
     left_out: list[Skipped] = []
     with ThreadPoolExecutor(loaders) as pool, whole_file(keeping / PLAN) as unfinished:
         placed = _kept(ahead(pool, place, shown, loaders * AHEAD), left_out)
@@ -116,8 +120,8 @@ def make_plan(
         if not unfinished.stat().st_size:
             first = f", {left_out[0].name} because {left_out[0].reason}" if left_out else ""
             raise UserError(
-                f"source.path: there is nothing to prepare: {len(left_out)} items were found and "
-                f"left out{first}"
+                f"source.path: there is nothing to prepare for {keeping.parent}: "
+                f"{len(left_out)} items were found and left out{first}"
             )
         write_lines(keeping / LEFT_OUT, left_out)
 

@@ -33,7 +33,9 @@ class Preparation:
     folder: of the set that is made. samples_per_shard: all of one size. latents, texts: types in
     which they are stored. licence: a note on the licence of pictures and captions, for the
     manifest. batch: items encoded at once. loaders: threads that read and decode pictures. verify:
-    at the end, decode some latents and compare them with their pictures. model: of the base that
+    at the end, decode some latents and compare them with their pictures. heldout: the share of the
+    items, chosen by a hash of their names, that make a held-out set in FOLDER/heldout; the others
+    make one to train on in FOLDER/train. 0: all make one in FOLDER. model: of the base that
     generates, with images=generated.
     """
 
@@ -45,6 +47,7 @@ class Preparation:
     batch: int = 8
     loaders: int = 8
     verify: bool = False
+    heldout: float = 0.0
     source: Source = TO_BE_GIVEN
     images: Images = TO_BE_GIVEN
     encoders: Encoders = TO_BE_GIVEN
@@ -54,6 +57,8 @@ class Preparation:
         for key in ("samples_per_shard", "batch", "loaders"):
             if self.__dict__[key] < 1:
                 raise UserError(f"{key} is {self.__dict__[key]}; it must be at least 1")
+        if not 0 <= self.heldout < 1:
+            raise UserError(f"heldout is {self.heldout}; it must be a share: 0 or more, below 1")
         if self.images.pictures and not self.source.pictures:
             raise UserError(
                 "the source has captions and no pictures: choose images=none (for image-free "
@@ -82,6 +87,8 @@ class Preparation:
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=lambda e: e.name))
         for key in ("folder", "batch", "loaders", "verify"):
             del plain[key]
+        if not self.heldout:
+            del plain["heldout"]
         if not self.images.generates:
             del plain["model"]
         plain["images"].pop("init_from", None)
