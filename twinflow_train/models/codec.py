@@ -21,8 +21,10 @@ from twinflow_train.errors import UserError, listed
 from twinflow_train.files import sha256
 from twinflow_train.models.hub import REPOSITORY, download
 
-WEIGHTS = {"vae": "diffusion_pytorch_model", "text_encoder": "model"}
-"""What the weight files of a pipeline's part are called, without `.safetensors`."""
+VARIANTS = (None, "bf16", "fp16")
+"""What repositories call files of other types; the plain ones are taken where they are there."""
+Parts = Mapping[str, str | tuple[str, ...]]
+"""The class of each part of a pipeline that is needed, or the several that will do."""
 
 
 class Codec(ABC):
@@ -82,13 +84,14 @@ class PipelineFolder:
     """A pipeline's folder that holds the parts a codec needs.
 
     name: the repository's, or the folder's own. commit: of the repository, None for a folder that
-    was given. parts: their names.
+    was given. parts: their names. variant: of the weight files that are there, see VARIANTS.
     """
 
     path: Path
     name: str
     commit: str | None
     parts: tuple[str, ...]
+    variant: str | None = None
 
     @cached_property
     def revision(self) -> str:
@@ -105,11 +108,9 @@ class PipelineFolder:
 
 
 def find_pipeline(
-    path: str, *, revision: str | None, parts: Mapping[str, str], option: str = "encoders"
+    path: str, *, revision: str | None, parts: Parts, option: str = "encoders"
 ) -> PipelineFolder:
     """Find a pipeline's folder here or in the hub's cache, or download what is needed of it.
-
-    parts: the class of each part that is needed.
 
     Raises:
         UserError: it is missing, not whole, or its parts are of other classes.
@@ -127,46 +128,55 @@ def find_pipeline(
         commit = folder.name
     else:
         raise UserError(f"{option}.path: the pipeline folder {path} does not exist")
-    if missing := list(_missing(folder, parts)):
+    variant = next((v for v in VARIANTS if not any(_missing(folder, parts, v))), None)
+    if missing := list(_missing(folder, parts, variant)):
         raise UserError(
             f"{option}.path: {path} is not a whole pipeline, it lacks {listed(missing)}; download "
             f"{_patterns(parts)} of the repository into it"
         )
     _check_classes(folder, parts, path=path, option=option)
     name = folder.resolve().name if commit is None else path
-    return PipelineFolder(folder, name, commit, tuple(parts))
+    return PipelineFolder(folder, name, commit, tuple(parts), variant)
 
 
-def _patterns(parts: Mapping[str, str]) -> str:
+def _patterns(parts: Parts) -> str:
     return " ".join(["model_index.json", *(f"'{part}/*'" for part in parts)])
 
 
-def _missing(folder: Path, parts: Mapping[str, str]) -> Iterator[str]:
-    """Name the files that a whole pipeline would have and this folder has not."""
+def _missing(folder: Path, parts: Parts, variant: str | None) -> Iterator[str]:
+    """Name the files that a whole pipeline would have and this folder has not.
+
+    Parts that have no files of the variant may have plain ones.
+    """
     if not (folder / "model_index.json").is_file():
         yield "model_index.json"
     for part in parts:
         here = folder / part
-        if part in WEIGHTS:
-            files = ["config.json", *_weight_files(here, WEIGHTS[part])]
-        else:
-            whole = (here / "tokenizer.json").is_file()
+        if part.startswith("tokenizer"):
+            whole = any((here / one).is_file() for one in ("tokenizer.json", "spiece.model"))
             files = ["tokenizer_config.json", *([] if whole else ["vocab.json", "merges.txt"])]
+        else:
+            name = "diffusion_pytorch_model" if part == "vae" else "model"
+            found = _weight_files(here, name, variant)
+            if variant and not all((here / file).is_file() for file in found):
+                found = _weight_files(here, name, None)
+            files = ["config.json", *found]
         yield from (f"{part}/{file}" for file in files if not (here / file).is_file())
 
 
-def _weight_files(folder: Path, name: str) -> list[str]:
+def _weight_files(folder: Path, name: str, variant: str | None) -> list[str]:
     """List the files that hold a part's weights: those that its index names, if there is one."""
-    index = folder / f"{name}.safetensors.index.json"
+    dotted = f".{variant}" if variant else ""
+    index = folder / f"{name}.safetensors.index{dotted}.json"
     if not index.is_file():
-        return [f"{name}.safetensors"]
+        return [f"{name}{dotted}.safetensors"]
     try:
         return sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is damaged ({error!r}); download it again") from error
 
 
-def _check_classes(folder: Path, parts: Mapping[str, str], *, path: str, option: str) -> None:
+def _check_classes(folder: Path, parts: Parts, *, path: str, option: str) -> None:
     index = folder / "model_index.json"
     try:
         said = json.loads(index.read_text())
@@ -174,8 +184,9 @@ def _check_classes(folder: Path, parts: Mapping[str, str], *, path: str, option:
     except (ValueError, TypeError, LookupError) as error:
         raise UserError(f"{index} is damaged ({error!r}); download it again") from error
     for part, wanted in parts.items():
-        if found[part] != wanted:
+        allowed = (wanted,) if isinstance(wanted, str) else wanted
+        if found[part] not in allowed:
             raise UserError(
-                f"{option}.path: the {part} of {path} is {found[part]}, not {wanted}: choose the "
-                f"{option}= of its family"
+                f"{option}.path: the {part} of {path} is {found[part]}, not "
+                f"{' or '.join(allowed)}: choose the {option}= of its family"
             )

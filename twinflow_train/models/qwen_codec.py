@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 
 from twinflow_train.batch import Embedding
-from twinflow_train.errors import UserError
 from twinflow_train.models.codec import Codec, Encoders, PipelineFolder, find_pipeline
+from twinflow_train.models.pipeline_codec import in_turn, open_pipeline
 
 PARTS = {
     "vae": "AutoencoderKLQwenImage",
@@ -47,28 +46,11 @@ class QwenImageCodec(Codec):
     null_prompt = QwenImageEncoders.null_prompt
 
     def __init__(self, folder: PipelineFolder, device: torch.device) -> None:
-        # Heavy, and the owners of the libraries: imported only where a codec is opened.
+        # Heavy, and the owner of the library: imported only where a codec is opened.
         from diffusers import QwenImagePipeline
-        from diffusers.utils.logging import disable_progress_bar
-        from transformers.utils.logging import disable_progress_bar as disable_bar_of_weights
 
-        disable_progress_bar()
-        disable_bar_of_weights()
         self._device = device
-        try:
-            self._pipeline = QwenImagePipeline.from_pretrained(
-                folder.path,
-                transformer=None,
-                scheduler=None,
-                dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-            ).to(device)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(
-                f"encoders.path: {folder.path} cannot be loaded ({' '.join(str(error).split())}); "
-                "download it again"
-            ) from error
+        self._pipeline = open_pipeline(QwenImagePipeline, folder, device)
         self._vae = self._pipeline.vae.eval()
         self.text_width = self._pipeline.text_encoder.eval().config.text_config.hidden_size
         self.multiple = PATCH * self._pipeline.vae_scale_factor
@@ -102,14 +84,10 @@ class QwenImageCodec(Codec):
 
         Prompts of like length go together: padding costs as much as words.
         """
-        found: dict[int, Embedding] = {}
-        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-        for start in range(0, len(order), at_once):
-            numbers = order[start : start + at_once]
-            tokens, mask = self._pipeline.encode_prompt(
-                [prompts[number] for number in numbers], device=self._device
-            )
-            for row, number in enumerate(numbers):
-                own = tokens[row] if mask is None else tokens[row][mask[row].bool()]
-                found[number] = Embedding(own)
-        return [found[number] for number in range(len(prompts))]
+
+        def encode(some: list[str]) -> Iterator[Embedding]:
+            tokens, mask = self._pipeline.encode_prompt(some, device=self._device)
+            for row, each in enumerate(tokens):
+                yield Embedding(each if mask is None else each[mask[row].bool()])
+
+        return in_turn(prompts, at_once, encode)
