@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.pipelines import SIZE, write_pipeline
+from tests.pipelines.qwen_image import SIZE, write_pipeline
 from twinflow_train.encoding.images import Stored
 from twinflow_train.encoding.job import Outcome, jobs
 from twinflow_train.encoding.settings import Preparation

@@ -14,7 +14,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
 from tests.encoding.jobs import codec, pipeline, run, settings
-from tests.pipelines import SIZE
+from tests.pipelines.qwen_image import SIZE
 from twinflow_train.data.shards import ShardSet
 from twinflow_train.encoding.captions import Captions
 from twinflow_train.encoding.generated import Generated

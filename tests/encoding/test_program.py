@@ -15,7 +15,7 @@ import pytest
 
 from tests.encoding.jobs import pipeline
 from tests.encoding.tools import encoded, picture, write_folder, write_parquet, write_tar
-from tests.pipelines import SIZE
+from tests.pipelines.qwen_image import SIZE
 from tests.program import Program, Running, refused, serve
 from tests.test_run import keys
 from twinflow_train.data.shards import ShardSet

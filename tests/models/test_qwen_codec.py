@@ -12,7 +12,7 @@ from diffusers import QwenImageEditPipeline, QwenImagePipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.pipelines import PREFIX, write_pipeline
+from tests.pipelines.qwen_image import PREFIX, write_pipeline
 from twinflow_train.errors import UserError
 from twinflow_train.models.qwen_codec import PARTS, QwenImageCodec, QwenImageEncoders
 

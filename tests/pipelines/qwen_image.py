@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,10 +11,9 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from tests.pipelines import tokenizers
 from twinflow_train.models.qwen_image import QwenImage
 
 WIDTH = 16
@@ -50,22 +48,10 @@ def _transformer_config() -> dict[str, object]:
 
 def _tokenizer() -> Qwen2Tokenizer:
     """Train the real class's byte-level BPE on the template's own words."""
-    plain = Qwen2Tokenizer()._tokenizer
     words = PREFIX
     for token in SPECIAL:
         words = words.replace(token, "\n")
-    trainer = BpeTrainer(
-        vocab_size=1000, initial_alphabet=ByteLevel.alphabet(), show_progress=False
-    )
-    plain.train_from_iterator([words] * 10, trainer)
-    model = json.loads(plain.to_str())["model"]
-    merges = [tuple(pair) for pair in model["merges"]]
-    return Qwen2Tokenizer(
-        vocab=model["vocab"],
-        merges=merges,
-        additional_special_tokens=list(SPECIAL),
-        model_max_length=131072,
-    )
+    return tokenizers.qwen(words, SPECIAL)
 
 
 def _text_config() -> Qwen2_5_VLConfig:

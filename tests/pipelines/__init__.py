@@ -1,0 +1,1 @@
+"""Pipeline folders in the released formats: every part real, tiny and random; a module a family."""
