@@ -19,7 +19,7 @@ LAYERS = (
     ("engines",),
     ("metrics", "checkpoint", "evals", "planner", "encoding", "reporting", "runfolder"),
     ("run",),
-    ("loop", "launch"),
+    ("loop", "launch", "sampling"),
     ("train", "prepare", "sample", "evaluate", "report", "export", "plan"),
 )
 """A module may import only from layers before its own; modules of one layer know nothing of each

@@ -128,7 +128,8 @@ def _explain(error: Exception) -> str:
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         return _unknown(str(cause.full_key), _fields(cause.object_type))
     if isinstance(cause, MissingMandatoryValue):
-        return f"{cause.full_key} has no value: give {cause.full_key}=..."
+        key = str(cause.full_key).rstrip("_")  # as in from_, which is written from=
+        return f"{key} has no value: give {key}=..."
     if isinstance(cause, OmegaConfBaseException):
         return f"{cause.full_key}: {str(cause).splitlines()[0]}"
     if isinstance(error, OverrideParseException):

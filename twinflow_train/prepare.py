@@ -19,7 +19,7 @@ from twinflow_train.encoding.summary import lines
 from twinflow_train.encoding.tars import WebDataset
 from twinflow_train.encoding.workers import Worker
 from twinflow_train.launch import launch
-from twinflow_train.models.qwen_codec import QwenImageEncoders
+from twinflow_train.models import families
 
 GROUPS: Mapping[str, Mapping[str, Any]] = {
     "source": {
@@ -29,7 +29,7 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
         "captions": Captions(),
     },
     "images": {"stored": Stored(), "none": NoImages(), "generated": Generated()},
-    "encoders": {"qwen_image": QwenImageEncoders()},
+    "encoders": families.OPTIONS,
     "model": run.GROUPS["model"],
 }
 """Every option of every group; its defaults are the instance's values."""

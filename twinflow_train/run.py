@@ -28,6 +28,7 @@ from twinflow_train.evals.suite import Digits, Evals, NoEvals
 from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
 from twinflow_train.models.adapter import Adapter, NoAdapter
 from twinflow_train.models.base import Model
+from twinflow_train.models.hub import located
 from twinflow_train.models.lora import LoRA, fingerprint
 from twinflow_train.models.openuni import OpenUni
 from twinflow_train.models.qwen_image import QwenImage
@@ -67,8 +68,9 @@ class Run:
     between measurements of each loss term's own gradient norm, which cost as much as three steps,
     a multiple of log_every; 0 is never. checkpoints: where they go, a folder or a URL such as
     s3://bucket/run, of this run alone; null is FOLDER/checkpoints. keep_last: newest checkpoints to
-    keep; keep_every: those at multiples of so many steps stay for ever, 0 is none. init_from: a
-    diffusers folder or the export of a run to start from; null starts from random weights.
+    keep; keep_every: those at multiples of so many steps stay for ever, 0 is none. init_from: what
+    to start from: a diffusers folder, the export of a run, or REPOSITORY or REPOSITORY@REVISION of
+    the Hugging Face hub; null starts from random weights.
     adapter: what of the model is trained. average: how averaged networks are held.
     """
 
@@ -140,12 +142,15 @@ class Run:
         if self.init_from is None:
             base = self.model.random_weights(self.seed)
         else:
-            base = self.model.stored_weights(Path(self.init_from), seed=self.seed)
+            base = self.model.stored_weights(located(self.init_from), seed=self.seed)
         return self.adapter.weights(base, seed=self.seed)
 
     def about(self) -> list[dict[str, Any]]:
         """Say what there is to know about the data."""
-        return [asdict(one.manifest.about) for one in self.data.train()]
+        return [
+            asdict(one.manifest.about) | {"latent_shapes": [list(s) for s in one.manifest.buckets]}
+            for one in self.data.train()
+        ]
 
     def deal(self, world: World) -> Deal:
         """Divide the global batch among the ranks; UserError if it does not divide."""
@@ -267,7 +272,7 @@ class Run:
         slow = {"slow": config["average"]["slow"]}
         if self.adapter.partial and self.init_from is not None:
             # Read again at every start, so what is there counts, and not where.
-            base = self.model.stored_weights(Path(self.init_from), seed=self.seed)
+            base = self.model.stored_weights(located(self.init_from), seed=self.seed)
             config["init_from"] = fingerprint(self.model, base)
         identity: dict[str, Any] = scrub(
             {key: config[key] for key in keys} | {"data": self.data.identity(), "average": slow}

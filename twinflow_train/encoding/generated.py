@@ -14,9 +14,9 @@ from twinflow_train.batch import Condition, Embedding
 from twinflow_train.encoding.images import Chosen, Latents, Ready
 from twinflow_train.errors import UserError
 from twinflow_train.flow.sampler import Sampler, Style, sample
-from twinflow_train.models.base import Model, VelocityNet
+from twinflow_train.models.base import Model
 from twinflow_train.models.codec import Codec, PipelineFolder
-from twinflow_train.models.weights import Weights
+from twinflow_train.models.loading import filled
 from twinflow_train.rng import generator
 
 
@@ -81,14 +81,3 @@ class Generated(Chosen):
             )
 
         return latents
-
-
-def filled(
-    model: Model, weights: Weights, *, device: torch.device, dtype: torch.dtype
-) -> VelocityNet:
-    """Build a network whole on one device; no more than one tensor at a time is in host memory."""
-    net = model.build().to(dtype).to_empty(device=device).requires_grad_(False)
-    for name, parameter in net.named_parameters():
-        shape = parameter.shape
-        parameter.copy_(weights.read(net.stored_name(name), shape, 0, shape[0]))
-    return net

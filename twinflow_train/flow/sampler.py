@@ -1,7 +1,7 @@
 """From noise to data in few steps: the UCGM sampler (arXiv 2505.07447) for any-step velocities."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import pairwise
 
@@ -212,5 +212,17 @@ FEW = {
 }
 """The published settings for few steps, by their number."""
 
+ANY = {
+    4: Sampler(style=Style.any, steps=4, end_gap=0.5),
+    8: Sampler(style=Style.any, steps=8, end_gap=0.5),
+}
+"""The published settings with r = t_next, by their number of steps."""
+
 MANY = {30: Sampler(style=Style.multi, steps=30, kumaraswamy=[1.17, 0.8, 1.1])}
 """The same for a multi-step base, unguided."""
+
+
+def published(style: Style, steps: int) -> Sampler:
+    """Return the published settings of a style; other numbers of steps are as the largest known."""
+    known = {Style.few: FEW, Style.any: ANY, Style.multi: MANY}[style]
+    return known.get(steps) or replace(known[max(known)], steps=steps)

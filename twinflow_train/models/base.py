@@ -23,7 +23,15 @@ from twinflow_train.models.two_times import (
     TwoTimes,
     own_time,
 )
-from twinflow_train.models.weights import RandomWeights, StoredWeights, Weights, save_folder
+from twinflow_train.models.weights import (
+    RandomWeights,
+    StoredWeights,
+    Weights,
+    differences,
+    read_config,
+    save_folder,
+    tensor_names,
+)
 
 OWN_KEYS = ("_class_name", "target_time")
 """Keys of a configuration that the stock class does not take."""
@@ -159,6 +167,16 @@ class Model(ABC):
             aliases=self.second.aliases(),
             fresh=self.second.fresh(seed),
         )
+
+    def describes(self, folder: Path) -> bool:
+        """Tell whether the config.json of a diffusers folder is that of this model."""
+        said = read_config(folder)
+        wanted = {"target_time": "embedder"} | self.config()
+        return bool(said) and not list(differences(said, wanted, self.absent))
+
+    def in_few_steps(self, folder: Path) -> bool:
+        """Tell whether a folder's weights have a second time embedder, as few-step ones do."""
+        return any(name.startswith(f"{self.second.name}.") for name in tensor_names(folder))
 
     def save(self, folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Write weights into `folder` as `stored_weights` reads them: a diffusers folder.

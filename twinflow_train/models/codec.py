@@ -33,10 +33,12 @@ class Codec(ABC):
     null_prompt: the prompt that stands for "no prompt".
     multiple: pixels that heights and widths must be multiples of.
     text_width: width of a token's embedding; pooled_width: of a prompt's pooled one, 0 for none.
+    usual_size: height and width in pixels that the model was made to draw.
     """
 
     null_prompt: str
     multiple: int
+    usual_size: int = 1024
     text_width: int
     pooled_width: int = 0
 

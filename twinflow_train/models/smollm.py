@@ -44,6 +44,9 @@ class SmolLM2:
     def __init__(self, folder: Path | str) -> None:
         # Here, because transformers takes seconds to import and training never encodes.
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
         self.file = Path(folder) / _WEIGHTS
         if not self.file.is_file():

@@ -40,6 +40,9 @@ class MiniLM:
     def __init__(self, folder: Path | str) -> None:
         # Here, because transformers takes seconds to import and training never encodes.
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
         self.folder = Path(folder)
         if not (self.folder / "model.safetensors").is_file():

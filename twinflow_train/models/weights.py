@@ -77,8 +77,7 @@ class StoredWeights:
         aliases: Mapping[str, str],
         fresh: Mapping[str, Weights],
     ) -> None:
-        inner = folder / "transformer"
-        self.folder = inner if inner.is_dir() else folder
+        self.folder = inner(folder)
         self.aliases, self.fresh = aliases, fresh
         _check_config(self.folder, config, absent)
         self.files = _weight_map(self.folder)
@@ -132,14 +131,40 @@ def _check_config(folder: Path, config: dict[str, object], absent: Mapping[str, 
         raise UserError(
             f"init_from: {folder} has no config.json; give a diffusers folder or an export of a run"
         )
-    stored = _json(path)
+    for key, there, value in differences(_json(path), config, absent):
+        raise UserError(
+            f"init_from: {folder} is another model: its {key} is {there}, "
+            f"the configuration's is {value}"
+        )
+
+
+def differences(
+    stored: Mapping[str, object], config: Mapping[str, object], absent: Mapping[str, object]
+) -> Iterator[tuple[str, object, object]]:
+    """Yield (key, its value there, value wanted) where a config.json is another model's.
+
+    absent: what it says of keys that it does not have; of others, what is wanted.
+    """
     for key, value in config.items():
         there = stored.get(key, absent.get(key, value))
         if json.dumps(there) != json.dumps(value):
-            raise UserError(
-                f"init_from: {folder} is another model: its {key} is {there}, "
-                f"the configuration's is {value}"
-            )
+            yield key, there, value
+
+
+def inner(folder: Path) -> Path:
+    """Return the transformer's folder of a pipeline or an export, or the folder itself."""
+    return folder / "transformer" if (folder / "transformer").is_dir() else folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the config.json of a transformer; empty if there is none, UserError if it is damaged."""
+    path = inner(folder) / "config.json"
+    return _json(path) if path.is_file() else {}
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """List the tensors of a transformer's files; UserError if there are none."""
+    return list(_weight_map(inner(folder)))
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ from twinflow_train.flow.sampler import FEW, MANY, Sampler, Style
 from twinflow_train.reporting.table import markdown
 
 SETTINGS = "sampler.json"
+MODEL = "model.json"
 CARD = "README.md"
 WEIGHTS = {"average": "averaged weights", "slow": "slowly averaged weights", "model": "raw weights"}
 FILL_IN = "FILL IN: the licence of the base model and of the data decide"
@@ -28,7 +29,7 @@ def write(
     samples: int,
     summary: Mapping[str, Any],
 ) -> None:
-    """Write card and sampler settings into an export's folder.
+    """Write card, model and sampler settings into an export's folder.
 
     manifest: the run's. holds: the beginning of a sentence, which names the files of weights.
     kind: of the weights. summary: results of this step, as in `summary.json`, or nothing.
@@ -37,8 +38,28 @@ def write(
     samplers = MANY if _many(manifest) else FEW
     settings = [_plain(sampler) for sampler in samplers.values()]
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    first = manifest["data"][0]
+    said = {"model": manifest["config"]["model"]} | {
+        key: first[key]
+        for key in ("encoder", "revision", "null_prompt", "latent_shapes")
+        if key in first  # older runs have not all of them
+    }
+    (folder / MODEL).write_text(json.dumps(said, indent=2) + "\n")
     lines = _card(manifest, holds=holds, kind=kind, step=step, samples=samples, summary=summary)
     (folder / CARD).write_text("\n".join(lines) + "\n")
+
+
+def read_model(folder: Path) -> dict[str, Any] | None:
+    """Read which model and encoders an export is of; None if the folder is no export.
+
+    Keys: "model", as in a run's manifest; "encoder", "revision", "null_prompt" and
+    "latent_shapes" of its data.
+    """
+    path = folder / MODEL
+    if not path.is_file():
+        return None
+    said: dict[str, Any] = json.loads(path.read_text())
+    return said
 
 
 def read_samplers(folder: Path) -> list[Sampler]:

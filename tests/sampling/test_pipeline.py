@@ -1,0 +1,177 @@
+"""TwinFlowPipeline on tiny pipelines in the released formats."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+from safetensors.torch import load_file
+
+from tests.pipelines.qwen_image import SIZE, write_pipeline
+from twinflow_train.batch import Condition
+from twinflow_train.errors import UserError
+from twinflow_train.flow.sampler import FEW, Sampler, Style, published, sample
+from twinflow_train.models.loading import filled
+from twinflow_train.models.weights import RandomWeights, save_folder
+from twinflow_train.rng import generator
+from twinflow_train.sampling import TwinFlowPipeline
+from twinflow_train.sampling.origin import BASE
+
+CPU = torch.device("cpu")
+SMALL: Any = {"height": 32, "width": 48}
+PROMPTS = ["a red apple", "the color and the size of objects", "text"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base in many steps, as it is released."""
+    return write_pipeline(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def released(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole pipeline whose transformer has a second embedder, as the published weights do."""
+    folder = tmp_path_factory.mktemp("released") / "twinflow"
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("transformer"))
+    weights = RandomWeights(0, lambda name, shape: ("normal", 0.2), {})
+    names = SIZE.build().stored_names()
+    net = SIZE.build()
+    tensors = (
+        (name, weights.read(name, net.get_parameter(own).shape, 0, len(net.get_parameter(own))))
+        for own, name in names.items()
+    )
+    save_folder(folder / "transformer", SIZE.stock_config(), tensors)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(released: Path) -> TwinFlowPipeline:
+    return TwinFlowPipeline.from_pretrained(str(released), model=SIZE, device="cpu")
+
+
+def test_published_names_make_a_few_step_model(released: Path, pipeline: TwinFlowPipeline) -> None:
+    (file,) = (released / "transformer").glob("*.safetensors")
+    second = {name for name in load_file(file) if name.startswith("time_text_embed_2.")}
+    assert second == {
+        f"time_text_embed_2.timestep_embedder.linear_{n}.{kind}"
+        for n in (1, 2)
+        for kind in ("weight", "bias")
+    }
+    assert pipeline.origin.samplers == tuple(FEW.values())
+    assert pipeline("a", **SMALL).sampler == FEW[1]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_pictures_are_those_of_the_sampler(
+    released: Path, pipeline: TwinFlowPipeline, steps: int
+) -> None:
+    drawn = pipeline(PROMPTS, num_inference_steps=steps, seed=3, **SMALL)
+    net = filled(SIZE, SIZE.stored_weights(released), device=CPU, dtype=torch.float32)
+    codec = pipeline.codec
+    for number, prompt in enumerate(PROMPTS):
+        cond = Condition.of(codec.embed([prompt], at_once=1))
+        shape = (1, *codec.latent_shape(32, 48))
+        start = torch.randn(shape, generator=generator("sample", 3, number, "start"))
+
+        def eps(step: int, number: int = number, shape: tuple[int, ...] = shape) -> torch.Tensor:
+            return torch.randn(shape, generator=generator("sample", 3, number, "eps", step))
+
+        wanted = codec.decode(sample(net, start, cond, FEW[steps], eps=eps))[0]
+        torch.testing.assert_close(drawn.tensors[number], wanted, atol=1e-4, rtol=0)
+
+
+def test_a_picture_depends_on_its_number_and_seed_alone(pipeline: TwinFlowPipeline) -> None:
+    first = pipeline(PROMPTS, num_images_per_prompt=2, batch=6, **SMALL).tensors
+    assert len(first) == 6
+    for batch in (1, 4):
+        again = pipeline(PROMPTS, num_images_per_prompt=2, batch=batch, **SMALL).tensors
+        torch.testing.assert_close(again, first, atol=1e-4, rtol=0)
+    fewer = pipeline(PROMPTS[:1], num_images_per_prompt=2, **SMALL).tensors
+    torch.testing.assert_close(fewer, first[:2], atol=1e-4, rtol=0)
+    assert (first[0] - first[1]).abs().mean() > 1e-3
+    other = pipeline(PROMPTS, num_images_per_prompt=2, seed=1, **SMALL).tensors
+    assert (other - first).abs().mean() > 1e-3
+
+
+def test_a_base_is_drawn_in_many_steps_with_guidance(base: Path) -> None:
+    pipeline = TwinFlowPipeline.from_pretrained(str(base), model=SIZE)
+    assert pipeline.origin.samplers == ()
+    assert pipeline.origin.sampler() == BASE
+    assert pipeline.origin.sampler(steps=8).steps == 8
+    assert pipeline("a", num_inference_steps=2, **SMALL).sampler.guidance == BASE.guidance
+    one = pipeline("a", num_inference_steps=1, style="few", **SMALL)
+    assert one.sampler == FEW[1]
+
+
+def test_encoders_may_stand_elsewhere(released: Path, base: Path, tmp_path: Path) -> None:
+    shutil.copytree(released / "transformer", tmp_path / "transformer")
+    whole = TwinFlowPipeline.from_pretrained(str(released), model=SIZE)("a", **SMALL)
+    parts = TwinFlowPipeline.from_pretrained(str(tmp_path), model=SIZE, encoders=str(base))
+    assert torch.equal(parts("a", **SMALL).tensors, whole.tensors)
+
+
+def test_the_parts_of_a_released_folder_load_in_plain_diffusers(released: Path) -> None:
+    """The stock class leaves the second embedder out: what it draws is the base's."""
+    stock = QwenImagePipeline.from_pretrained(released)
+    assert isinstance(stock.transformer, QwenImageTransformer2DModel)
+
+
+def test_images_are_eight_bits_of_the_tensors(pipeline: TwinFlowPipeline) -> None:
+    drawn = pipeline("a", **SMALL)
+    (image,) = drawn.images
+    assert (image.mode, image.size) == ("RGB", (48, 32))
+    level = ((drawn.tensors[0, :, 5, 7].clamp(-1, 1) + 1) * 127.5).round()
+    assert image.getpixel((7, 5)) == tuple(map(int, level.tolist()))
+
+
+def test_settings_are_chosen_by_style_and_steps(pipeline: TwinFlowPipeline) -> None:
+    choose = pipeline.origin.sampler
+    assert choose(steps=2) == FEW[2]
+    assert choose(style=Style.any, steps=4) == published(Style.any, 4)
+    assert choose(steps=3) == Sampler(steps=3, stochasticity=1.0, end_gap=0.5)
+    assert choose(style=Style.multi).style is Style.multi
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ({"height": 40, "width": 32}, "height is 40; it must be a multiple of 16, for instance 32"),
+        ({"height": 32, "width": 0}, "width is 0"),
+        ({"height": -16, "width": 16}, "height is -16"),
+    ],
+)
+def test_a_size_that_cannot_be_drawn_is_refused(
+    pipeline: TwinFlowPipeline, size: dict[str, int], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        pipeline("a", **size)  # type: ignore[arg-type]
+
+
+def test_any_size_of_whole_tokens_is_drawn(pipeline: TwinFlowPipeline) -> None:
+    for height, width in ((16, 16), (16, 64), (64, 48)):
+        assert pipeline("a", height=height, width=width).tensors.shape == (1, 3, height, width)
+
+
+@pytest.mark.parametrize("prompts", [[], "", ["a", " "]])
+def test_no_prompt_is_refused(pipeline: TwinFlowPipeline, prompts: str | list[str]) -> None:
+    with pytest.raises(UserError, match="prompts: at least one is wanted"):
+        pipeline(prompts, **SMALL)
+
+
+def test_what_is_no_model_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"from: .*nowhere does not exist"):
+        TwinFlowPipeline.from_pretrained(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"QwenImageTransformer2DModel of no released size"):
+        TwinFlowPipeline.from_pretrained(str(base))
+    with pytest.raises(UserError, match=r"from: Nobody/nothing is neither a folder here"):
+        TwinFlowPipeline.from_pretrained("Nobody/nothing")
+    other = json.loads((base / "transformer" / "config.json").read_text()) | {"num_layers": 3}
+    shutil.copytree(base, tmp_path / "other")
+    (tmp_path / "other" / "transformer" / "config.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match=r"num_layers is 3, the configuration's is 2"):
+        TwinFlowPipeline.from_pretrained(str(tmp_path / "other"), model=SIZE)

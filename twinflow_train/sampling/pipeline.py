@@ -1,0 +1,194 @@
+"""Prompts to pictures: a network, its encoders, and settings for one, two or four steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from twinflow_train.batch import Condition, Velocity
+from twinflow_train.errors import UserError
+from twinflow_train.flow.sampler import Sampler, Style, sample
+from twinflow_train.models.base import Model
+from twinflow_train.models.codec import Codec, Encoders
+from twinflow_train.rng import generator
+from twinflow_train.sampling.origin import Origin, find
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What came out.
+
+    tensors: pictures in [-1, 1], on the CPU; of each prompt's, one after the other. sampler: how.
+    seconds: a picture, in the network alone.
+    """
+
+    tensors: Float[Tensor, "b 3 h w"]
+    sampler: Sampler
+    seconds: float
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The pictures, 8 bits a colour."""
+        levels = ((self.tensors.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return [Image.fromarray(each.permute(1, 2, 0).contiguous().numpy()) for each in levels]
+
+
+class TwinFlowPipeline:
+    """Draws pictures in few steps: `TwinFlowPipeline.from_pretrained(FOLDER)("a red fox")`.
+
+    origin: the weights and what belongs to them. velocity, codec: both loaded.
+    """
+
+    def __init__(
+        self, *, origin: Origin, velocity: Velocity, codec: Codec, device: torch.device
+    ) -> None:
+        self.origin, self.velocity, self.codec, self.device = origin, velocity, codec, device
+
+    @staticmethod
+    def from_pretrained(
+        where: str,
+        *,
+        encoders: str | None = None,
+        model: Model | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> TwinFlowPipeline:
+        """Load an export of ours, the released weights, or a base.
+
+        where: a run, an export, a diffusers folder, or a repository of the Hugging Face hub.
+        encoders: a diffusers pipeline or repository with the VAE and the text encoder, where
+        `where` has none. model: its size, if it is no released one. device: a GPU if there is one.
+        dtype: in which the network computes; bfloat16 on a GPU, float32 on a CPU.
+
+        Raises:
+            UserError: something is missing, damaged or of another family.
+        """
+        given = find(where, model=model)
+        if encoders is not None:
+            kind = type(given.encoders)
+            given = find(where, model=model, encoders=kind(path=encoders))
+        return TwinFlowPipeline.of(given, device=device, dtype=dtype)
+
+    @staticmethod
+    def of(
+        origin: Origin,
+        *,
+        encoders: Encoders | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> TwinFlowPipeline:
+        """Load what was found."""
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        own = torch.bfloat16 if place.type == "cuda" else torch.float32
+        chosen = encoders or origin.encoders
+        codec = chosen.open(chosen.find(), place)
+        velocity = origin.network(device=place, dtype=dtype or own)
+        return TwinFlowPipeline(origin=origin, velocity=velocity, codec=codec, device=place)
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        num_inference_steps: int | None = None,
+        style: Style | str | None = None,
+        sampler: Sampler | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        num_images_per_prompt: int = 1,
+        batch: int = 4,
+    ) -> Drawn:
+        """Draw pictures; each is a function of (seed, its number) and not of `batch`.
+
+        num_inference_steps, style: choose among the published settings; those that travel with the
+        weights where both are left out. sampler: all settings, instead of both. height, width: in
+        pixels; the size that the model was made for. batch: pictures in one network call.
+
+        Raises:
+            UserError: a size, a style or a prompt that the model cannot take.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts or not all(text.strip() for text in texts):
+            raise UserError("prompts: at least one is wanted, and none may be empty")
+        style = Style[style] if isinstance(style, str) else style
+        how = sampler or self.origin.sampler(steps=num_inference_steps, style=style)
+        shape = self.shape(height, width)
+        cond = self.embed(texts)
+        null = self.embed([self.codec.null_prompt]) if how.guidance != 1 else None
+        numbers = range(len(texts) * num_images_per_prompt)
+        latents, seconds = [], 0.0
+        for first in range(0, len(numbers), batch):
+            part = numbers[first : first + batch]
+            rows = torch.tensor([number // num_images_per_prompt for number in part])
+            began = self._now()
+            found = self._sample(part, cond[rows.to(self.device)], null, how, shape, seed=seed)
+            seconds += self._now() - began
+            latents += list(found)
+        pictures = torch.cat(list(self._decoded(latents)))
+        return Drawn(tensors=pictures, sampler=how, seconds=seconds / len(numbers))
+
+    def shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Return the latent's shape for a size in pixels; UserError if the model cannot draw it."""
+        given = [side for side in (height, width) if side is not None]
+        usual = given * 2 if given else self._usual()
+        tall, wide = (
+            one if side is None else side for one, side in zip(usual, (height, width), strict=False)
+        )
+        for key, value in {"height": tall, "width": wide}.items():
+            if value < 1 or value % self.codec.multiple:
+                near = max(round(value / self.codec.multiple), 1) * self.codec.multiple
+                raise UserError(
+                    f"{key} is {value}; it must be a multiple of {self.codec.multiple}, for "
+                    f"instance {near}"
+                )
+        shape = self.codec.latent_shape(tall, wide)
+        self.origin.model.check(shape, self.codec.text_width, pooled_width=self.codec.pooled_width)
+        return shape
+
+    def _usual(self) -> tuple[int, int]:
+        """Return height and width in pixels of what the model was trained on."""
+        if self.origin.latent is None:
+            return self.codec.usual_size, self.codec.usual_size
+        unit = self.codec.multiple
+        _, tall, wide = self.codec.latent_shape(unit, unit)
+        return self.origin.latent[1] * unit // tall, self.origin.latent[2] * unit // wide
+
+    def embed(self, prompts: Sequence[str]) -> Condition:
+        """Encode prompts, one at a time: what stands beside one changes nothing."""
+        found = self.codec.embed(prompts, at_once=1)
+        return Condition.of([each.to("cpu", torch.float32) for each in found]).to(self.device)
+
+    def _sample(
+        self,
+        numbers: Sequence[int],
+        cond: Condition,
+        null: Condition | None,
+        how: Sampler,
+        shape: Sequence[int],
+        *,
+        seed: int,
+    ) -> Float[Tensor, "b c h w"]:
+        def draw(*path: object) -> Tensor:
+            draws = (generator("sample", seed, number, *path) for number in numbers)
+            return torch.stack([torch.randn(*shape, generator=each) for each in draws])
+
+        def eps(step: int) -> Tensor:
+            return draw("eps", step).to(self.device)
+
+        start = draw("start").to(self.device)
+        return sample(self.velocity, start, cond, how, null=null, eps=eps)
+
+    def _decoded(self, latents: Sequence[Tensor]) -> Iterator[Float[Tensor, "1 3 h w"]]:
+        for latent in latents:
+            yield self.codec.decode(latent[None]).cpu()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
