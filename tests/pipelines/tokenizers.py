@@ -46,7 +46,8 @@ def gemma(words: str) -> GemmaTokenizer:
         special_tokens=special,
         show_progress=False,
     )
-    plain.train_from_iterator([words] * 10, trainer)
+    # Word by word: it would merge a whole sentence into one token.
+    plain.train_from_iterator([f" {word}" for word in words.split()] * 10, trainer)
     model = json.loads(plain.to_str())["model"]
     return GemmaTokenizer(
         vocab=model["vocab"],
