@@ -25,6 +25,13 @@ PREFIX = (
     "<|im_start|>user\n"
 )
 """What stands before a prompt. Each word is one token here as in the released tokenizer: 34."""
+EDIT_PREFIX = (
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, "
+    "texture, objects, background), then explain how the user's text instruction should alter or "
+    "modify the image. Generate a new image that meets the user's requirements while maintaining "
+    "consistency with the original input where appropriate.<|im_end|>\n<|im_start|>user\n"
+)
+"""The same of the edit pipelines, whose tokenizer is the same one: 64."""
 
 
 def write_pipeline(folder: Path) -> Path:
@@ -34,8 +41,8 @@ def write_pipeline(folder: Path) -> Path:
         pipeline = QwenImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             vae=AutoencoderKLQwenImage(base_dim=4, num_res_blocks=1),
-            text_encoder=Qwen2_5_VLForConditionalGeneration(_text_config()),
-            tokenizer=_tokenizer(),
+            text_encoder=Qwen2_5_VLForConditionalGeneration(text_config()),
+            tokenizer=tokenizer(),
             transformer=QwenImageTransformer2DModel(**_transformer_config()),
         )
     pipeline.save_pretrained(folder)
@@ -46,18 +53,20 @@ def _transformer_config() -> dict[str, object]:
     return {key: value for key, value in SIZE.config().items() if not key.startswith("_")}
 
 
-def _tokenizer() -> Qwen2Tokenizer:
-    """Train the real class's byte-level BPE on the template's own words."""
-    words = PREFIX
+def tokenizer() -> Qwen2Tokenizer:
+    """Train the real class's byte-level BPE on the templates' own words."""
+    words = PREFIX + EDIT_PREFIX
     for token in SPECIAL:
         words = words.replace(token, "\n")
     return tokenizers.qwen(words, SPECIAL)
 
 
-def _text_config() -> Qwen2_5_VLConfig:
+def text_config(**tokens: int) -> Qwen2_5_VLConfig:
+    """Configure a tiny text encoder; tokens: ids of special ones, where pictures are shown."""
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     return Qwen2_5_VLConfig(
         **ends,
+        **tokens,
         text_config={
             **ends,
             "vocab_size": 1024,

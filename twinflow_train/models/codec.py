@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from twinflow_train.batch import Embedding
@@ -59,15 +59,27 @@ class Codec(ABC):
         """Return each prompt's embedding, encoding `at_once` a time."""
 
 
+class EditCodec(Codec):
+    """A codec of a family for editing, whose prompts are about reference images."""
+
+    @abstractmethod
+    def embed_edits(
+        self, prompts: Sequence[str], references: Sequence[UInt8[Tensor, "3 _ _"]]
+    ) -> list[Embedding]:
+        """Return the embedding of each prompt about the same reference images."""
+
+
 @dataclass(kw_only=True)
 class Encoders(ABC):
     """Where a codec's weights are: the `encoders` group of the configuration.
 
     path: a diffusers pipeline folder, or a repository of the Hugging Face hub.
     revision: the repository's branch, tag or commit; null is its main branch.
+    edits: whether prompts are about reference images, and the codec is an `EditCodec`.
     """
 
     null_prompt: ClassVar[str]
+    edits: ClassVar[bool] = False
 
     path: str = "???"
     revision: str | None = None
@@ -154,9 +166,11 @@ def _missing(folder: Path, parts: Parts, variant: str | None) -> Iterator[str]:
         yield "model_index.json"
     for part in parts:
         here = folder / part
-        if part.startswith("tokenizer"):
+        if part.startswith(("tokenizer", "processor")):
             whole = any((here / one).is_file() for one in ("tokenizer.json", "spiece.model"))
             files = ["tokenizer_config.json", *([] if whole else ["vocab.json", "merges.txt"])]
+            if part == "processor" and not (here / "processor_config.json").is_file():
+                files.append("preprocessor_config.json")  # as older releases call it
         else:
             name = "diffusion_pytorch_model" if part == "vae" else "model"
             found = _weight_files(here, name, variant)

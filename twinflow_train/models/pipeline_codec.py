@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +17,23 @@ from twinflow_train.errors import UserError
 from twinflow_train.models.codec import Codec, PipelineFolder
 
 
-def open_pipeline(kind: Any, folder: PipelineFolder, device: torch.device, **without: None) -> Any:
+@contextmanager
+def loading(folder: Path) -> Iterator[None]:
+    """Load what lies in a folder; UserError if a file is damaged."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"encoders.path: {folder} cannot be loaded ({' '.join(str(error).split())}); "
+            "download it again"
+        ) from error
+
+
+def open_pipeline(kind: Any, folder: PipelineFolder, device: torch.device, **parts: Any) -> Any:
     """Load the parts of a pipeline that encode: in bfloat16 on a GPU, in float32 on a CPU.
 
-    kind: the pipeline's class. without: its parts that are left out, besides network and scheduler.
+    kind: the pipeline's class. parts: those that were loaded already, and None for those that are
+    left out besides network and scheduler.
 
     Raises:
         UserError: a file is damaged.
@@ -29,22 +44,17 @@ def open_pipeline(kind: Any, folder: PipelineFolder, device: torch.device, **wit
 
     disable_progress_bar()
     disable_bar_of_weights()
-    try:
+    with loading(folder.path):
         pipeline = kind.from_pretrained(
             folder.path,
             transformer=None,
             scheduler=None,
-            **without,
+            **parts,
             variant=folder.variant,
             dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
             local_files_only=True,
             use_safetensors=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"encoders.path: {folder.path} cannot be loaded ({' '.join(str(error).split())}); "
-            "download it again"
-        ) from error
     return pipeline.to(device)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -46,11 +46,8 @@ class QwenImageCodec(Codec):
     null_prompt = QwenImageEncoders.null_prompt
 
     def __init__(self, folder: PipelineFolder, device: torch.device) -> None:
-        # Heavy, and the owner of the library: imported only where a codec is opened.
-        from diffusers import QwenImagePipeline
-
         self._device = device
-        self._pipeline = open_pipeline(QwenImagePipeline, folder, device)
+        self._pipeline = self._opened(folder)
         self._vae = self._pipeline.vae.eval()
         self.text_width = self._pipeline.text_encoder.eval().config.text_config.hidden_size
         self.multiple = PATCH * self._pipeline.vae_scale_factor
@@ -58,6 +55,13 @@ class QwenImageCodec(Codec):
         config = self._vae.config
         self._mean = torch.tensor(config.latents_mean, device=device).view(1, -1, 1, 1)
         self._scale = 1.0 / torch.tensor(config.latents_std, device=device).view(1, -1, 1, 1)
+
+    def _opened(self, folder: PipelineFolder) -> Any:
+        """Open the stock pipeline."""
+        # Heavy, and the owner of the library: imported only where a codec is opened.
+        from diffusers import QwenImagePipeline
+
+        return open_pipeline(QwenImagePipeline, folder, self._device)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Return the shape (C, H, W) of the latent of a picture of this size in pixels."""
