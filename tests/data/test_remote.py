@@ -6,19 +6,23 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.data.ranks import Job, Seen, take, take_all, together
 from tests.data.server import Server, serve
 from tests.data.tools import Shard, make_shards
 from tests.helpers import spawn
-from twinflow_train.data import kept
+from twinflow_train.data import kept, ranges
 from twinflow_train.data.cache import Cache
 from twinflow_train.data.shards import DataError, ShardSet
+from twinflow_train.dist import World
 from twinflow_train.errors import UserError
 
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 RATE = 4_000_000
 SHARDS: list[Shard] = [((8, 32, 32), [38, 42, 41, 39, 40, 40])] * 16
 """96 samples of 58 kB or so."""
@@ -143,6 +147,20 @@ def test_a_shard_that_does_not_answer_costs_one_round_of_attempts_for_a_while(
     assert shards.read(0).key == "s-00000"
     time.sleep(2.0)
     assert [shards.read(index).key for index in wanted] == [f"s-{n:05d}" for n in wanted]
+
+
+def test_a_server_that_is_silent_does_not_hold_a_step_for_long(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though there are many attempts, and many samples that could be shown instead."""
+    server.stalls = {f"{n:06d}.tar": 3.0 for n in range(len(SHARDS))}
+    monkeypatch.setattr(ranges, "LONGEST", 1)
+    one = job(server.url, attempts=99, on_error="skip", threads=8)
+    began = time.monotonic()
+    seen = take(ALONE, replace(one, patience=1))
+    assert "samples that were tried in its place cannot be used either" in seen.error
+    assert "no answer in 1 seconds" in seen.error
+    assert time.monotonic() - began < 8
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])

@@ -63,7 +63,7 @@ class Shards:
     threads: that read and copy; of sets behind a URL at least 32 ranges are fetched at once.
     on_error: `raise`, or `skip` a sample that cannot be used, up to `skip_budget` of them over all
         ranks in one start of the program.
-    attempts: at each range behind a URL, with pauses of 0.2 s, 0.4 s, ... between.
+    attempts: at each range behind a URL, with pauses of 0.2 s, 0.4 s, ... between, for two minutes.
     cache: a folder for what was fetched, null for none; cache_gb: bytes / 10^9 to keep in it.
     """
 

@@ -21,6 +21,8 @@ from twinflow_train.place import Place, cause
 log = logging.getLogger(__name__)
 FIRST_PAUSE = 0.2
 """Seconds before the second attempt at a range; the pauses double."""
+LONGEST = 120
+"""Seconds after which nothing is tried once more: the other ranks wait for ten minutes at most."""
 Copy = Callable[[int, Sequence[memoryview]], None]
 """Copies the bytes of a range from one on, counted from its first, into memories, filling all.
 
@@ -151,16 +153,17 @@ class Short(OSError):
 
 
 def persistently(read: Callable[[], bytes], place: Place, attempts: int) -> bytes:
-    """Read; on an error that may pass, again after a pause."""
+    """Read; on an error that may pass, again after a pause, until there is no time for it."""
+    deadline = time.monotonic() + LONGEST
     for attempt in range(attempts):
         try:
             return read()
         except FileNotFoundError:
             raise
         except OSError as error:
-            if attempt == attempts - 1:
-                raise
             pause = FIRST_PAUSE * 2**attempt
+            if attempt == attempts - 1 or time.monotonic() + pause > deadline:
+                raise
             log.warning("%s: %s; trying again in %.1f s", place, cause(error), pause)
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
@@ -10,6 +11,7 @@ from functools import cached_property, partial
 from itertools import accumulate
 from typing import NamedTuple
 
+from twinflow_train.data import ranges
 from twinflow_train.data.manifest import LatentShape
 from twinflow_train.data.order import Order
 from twinflow_train.data.sample import Room, Sample
@@ -208,7 +210,8 @@ class Stream:
         one = self.sets[ref.set]
         numbers = one.manifest.buckets[one.manifest.shards[ref.shard].latent_shape]
         ends = list(accumulate(one.counts[n] for n in numbers))
-        problems = []
+        problems: list[DataError] = []
+        deadline = time.monotonic() + ranges.LONGEST
         for attempt in range(TRIES):
             chosen = digest("instead", self.seed, ref.epoch, ref.number, attempt) % ends[-1]
             shard = bisect_right(ends, chosen)
@@ -217,9 +220,11 @@ class Stream:
                 return one.read(index, caption=ref.caption)
             except DataError as error:
                 problems.append(error)
+            if time.monotonic() > deadline:
+                break
         raise DataError(
-            f"{problems[0]} (and so on: {TRIES} samples that were tried in its place cannot be "
-            "used either)"
+            f"{problems[0]} (and so on: {len(problems)} samples that were tried in its place "
+            "cannot be used either)"
         )
 
     def epochs(self, step: int) -> list[float]:
