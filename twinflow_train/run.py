@@ -36,7 +36,7 @@ from twinflow_train.models.qwen_image_edit import QwenImageEdit
 from twinflow_train.models.sana import Sana, sana_600m
 from twinflow_train.models.sd3 import SD3
 from twinflow_train.models.weights import Weights
-from twinflow_train.models.z_image import ZImage
+from twinflow_train.models.z_image import Convention, ZImage
 from twinflow_train.objectives import presets
 from twinflow_train.objectives.twinflow import TwinFlow
 from twinflow_train.planner import cost
@@ -294,6 +294,7 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
         "sana_1.6b": Sana(),
         "sd35_medium": SD3(),
         "z_image": ZImage(),
+        "z_image_released": ZImage(convention=Convention.released),
         "openuni_l": OpenUni(),
     },
     "adapter": {"none": NoAdapter(), "lora": LoRA()},

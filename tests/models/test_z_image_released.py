@@ -80,6 +80,12 @@ def test_fake_times_look_like_real_ones(published: Path) -> None:
     assert not torch.allclose(net(x, t, t / 2, cond), real)
 
 
+def test_published_weights_are_told_from_a_base(published: Path) -> None:
+    for folder, expected in ((published, RELEASED), (FAMILY.folder, SMALL)):
+        assert [model for model in (SMALL, RELEASED) if model.describes(folder)] == [expected]
+    assert not RELEASED.describes(FAMILIES["sd3"].folder)
+
+
 def test_to_train_with_it_is_refused() -> None:
     assert not SMALL.untrainable
     words = ("steps=1", "batch=8", "micro_batch=8", "init_from=x", "data.path=a", "data.heldout=b")

@@ -10,14 +10,28 @@ from twinflow_train.models.codec import Encoders
 from twinflow_train.models.pixels import PixelEncoders, Text
 from twinflow_train.models.qwen_codec import QwenImageEncoders
 from twinflow_train.models.qwen_image import QwenImage
+from twinflow_train.models.sana import Sana
+from twinflow_train.models.sana_codec import SanaEncoders
+from twinflow_train.models.sd3 import SD3
+from twinflow_train.models.sd3_codec import SD3Encoders
+from twinflow_train.models.z_image import ZImage
+from twinflow_train.models.z_image_codec import ZImageEncoders
 
 OPTIONS: Mapping[str, Encoders] = {
     "qwen_image": QwenImageEncoders(),
+    "sana": SanaEncoders(),
+    "sd35_medium": SD3Encoders(),
+    "z_image": ZImageEncoders(),
     "pixels": PixelEncoders(),
 }
 """The options of the group `encoders`; their `path` is where they were released."""
 
-ENCODERS: Mapping[type[Model], str] = {QwenImage: "qwen_image"}
+ENCODERS: Mapping[type[Model], str] = {
+    QwenImage: "qwen_image",
+    Sana: "sana",
+    SD3: "sd35_medium",
+    ZImage: "z_image",
+}
 """The option that goes with each family."""
 
 

@@ -145,6 +145,14 @@ class ZImage(Model):
             "real times are the same: to train leave it out, and start from Z-Image or its Turbo"
         )
 
+    def describes(self, folder: Path) -> bool:
+        """Tell whether a diffusers folder is of this model, and of its convention.
+
+        Folders with a second embedder that are no exports of ours hold the published weights.
+        """
+        published = self.convention is Convention.released
+        return super().describes(folder) and self.in_few_steps(folder) == published
+
     def stored_weights(self, folder: Path, *, seed: int = 0) -> Weights:
         """Open a diffusers folder (see `Model`); with the released convention, of such weights."""
         weights = super().stored_weights(folder, seed=seed)
