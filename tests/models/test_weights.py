@@ -77,6 +77,21 @@ def test_what_the_stock_class_saved_is_read(tmp_path: Path, inner: str, shard: s
         assert torch.equal(middle, tensor[rows // 3 : rows // 2])
 
 
+@pytest.mark.parametrize("shard", ["10GB", "20KB"])
+def test_files_of_another_type_are_read_where_there_are_no_plain_ones(
+    tmp_path: Path, shard: str
+) -> None:
+    stock = stock_model().bfloat16()
+    stock.save_pretrained(tmp_path, variant="bf16", max_shard_size=shard)
+    assert all("bf16" in file.name for file in tmp_path.glob("*.safetensors"))
+    weights = SMALL.stored_weights(tmp_path)
+    for name, tensor in stock.state_dict().items():
+        assert torch.equal(weights.read(name, tensor.shape, 0, len(tensor)), tensor)
+    plain = save_stock(tmp_path).state_dict()[NAME]
+    there = SMALL.stored_weights(tmp_path).read(NAME, plain.shape, 0, len(plain))
+    assert torch.equal(there, plain)
+
+
 def test_a_missing_second_embedder_starts_as_a_copy_of_the_first(tmp_path: Path) -> None:
     stock = save_stock(tmp_path)
     embedder = filled(SMALL.stored_weights(tmp_path)).stock.time_text_embed

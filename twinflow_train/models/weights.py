@@ -168,15 +168,19 @@ def tensor_names(folder: Path) -> list[str]:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    index = folder / f"{WEIGHTS}.safetensors.index.json"
-    if index.is_file():
-        weight_map: dict[str, str] = _json(index)["weight_map"]
-        return weight_map
-    single = folder / f"{WEIGHTS}.safetensors"
-    if not single.is_file():
-        raise UserError(f"init_from: {folder} has no {single.name} and no {index.name}")
-    with _opened(single) as file:
-        return dict.fromkeys(file.keys(), single.name)
+    """Tell which file holds each tensor: plain files, or where there are none those of a type."""
+    for kind in ("", ".bf16", ".fp16"):
+        index = folder / f"{WEIGHTS}.safetensors.index{kind}.json"
+        if index.is_file():
+            weight_map: dict[str, str] = _json(index)["weight_map"]
+            return weight_map
+        single = folder / f"{WEIGHTS}{kind}.safetensors"
+        if single.is_file():
+            with _opened(single) as file:
+                return dict.fromkeys(file.keys(), single.name)
+    raise UserError(
+        f"init_from: {folder} has no {WEIGHTS}.safetensors and no {WEIGHTS}.safetensors.index.json"
+    )
 
 
 @contextmanager
