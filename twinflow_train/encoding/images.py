@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from twinflow_train.batch import Embedding
-from twinflow_train.encoding.pictures import Size, buckets, choose, load, scaled
+from twinflow_train.encoding.pictures import Size, Unusable, buckets, choose, load, scaled
 from twinflow_train.encoding.sources import Content, Item, Reader
 from twinflow_train.errors import UserError, check
 from twinflow_train.models.base import Model
@@ -21,13 +21,17 @@ from twinflow_train.models.codec import Codec
 
 @dataclass(kw_only=True)
 class Ready:
-    """An item that was read. size: the shard's, pixels: cut to it; original: the picture's own."""
+    """An item that was read. size: the shard's, pixels: cut to it; original: the picture's own.
+
+    references: the pixels of its reference images, cut to the same size.
+    """
 
     item: Item
     size: Size
     captions: tuple[str, ...]
     original: Size | None = None
     pixels: UInt8[Tensor, "3 h w"] | None = None
+    references: tuple[UInt8[Tensor, "3 h w"], ...] = ()
 
 
 Latents = Callable[[Sequence[Ready], Sequence[Embedding]], Sequence[Float[Tensor, "c h w"] | None]]
@@ -74,6 +78,8 @@ class Images(ABC):
 class Stored(Images):
     """The source's own pictures, encoded: each is cut to the size of the nearest aspect ratio.
 
+    Reference images are cut to the same size as the picture that they belong to.
+
     side: sizes have about side x side pixels. ratios: long to short side, from 1 on; each size also
     lies on its side. upscale: pictures that would have to be enlarged more are left out.
     """
@@ -110,8 +116,22 @@ class Stored(Images):
         assert content.picture is not None, "sources with pictures read pictures"
         original, pixels = load(content.picture, size)
         return Ready(
-            item=item, size=size, captions=content.captions, original=original, pixels=pixels
+            item=item,
+            size=size,
+            captions=content.captions,
+            original=original,
+            pixels=pixels,
+            references=tuple(self._cut(each, size) for each in content.references),
         )
+
+    def _cut(self, reference: bytes, size: Size) -> UInt8[Tensor, "3 h w"]:
+        """Decode and cut a reference image like the picture; Unusable if too little is left."""
+        try:
+            own, pixels = load(reference, size)
+            choose(own, [size], upscale=self.upscale)
+        except Unusable as reason:
+            raise Unusable(f"a reference image: {reason}") from reason
+        return pixels
 
     def open(self, codec: Codec, model: Model, device: torch.device) -> Latents:
         """Encode with the codec."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from twinflow_train.encoding.pictures import Size, Unusable, measure
-from twinflow_train.encoding.sources import Content, Files, Reader, Source, Where, some
+from twinflow_train.encoding.sources import Content, Files, Reader, Source, Where, as_many, some
 from twinflow_train.errors import UserError
 
 SUFFIX = ".parquet"
@@ -22,15 +22,22 @@ KEPT = 2
 
 @dataclass(kw_only=True)
 class Parquet(Source):
-    """Rows of Parquet files. text, image: their columns; text is a string or a list of strings."""
+    """Rows of Parquet files. text, image: their columns; text is a string or a list of strings.
+
+    reference: with `references`, the column of reference images: a file's bytes, or a list of them.
+    """
 
     text: str = "text"
     image: str = "image_bytes"
+    reference: str = "reference_bytes"
 
     def open(self) -> ParquetReader:
         """Open the files; UserError without pyarrow, or where a column is missing."""
         files = Files(self.path, (SUFFIX,))
-        return ParquetReader(files, Rows(files.root, {"text": self.text, "image": self.image}))
+        columns = {"text": self.text, "image": self.image}
+        if self.references:
+            columns["reference"] = self.reference
+        return ParquetReader(files, Rows(files.root, columns), self.references)
 
 
 class Rows:
@@ -108,8 +115,8 @@ class Rows:
 class ParquetReader(Reader):
     """Reads rows as pictures with captions."""
 
-    def __init__(self, files: Files, rows: Rows) -> None:
-        self._files, self._rows = files, rows
+    def __init__(self, files: Files, rows: Rows, references: int) -> None:
+        self._files, self._rows, self._references = files, rows, references
 
     def find(self) -> Iterator[Where]:
         """Yield where each row is."""
@@ -123,7 +130,9 @@ class ParquetReader(Reader):
     def read(self, where: Where) -> Content:
         """Read a row."""
         row = self._rows.row(where)
-        return Content(captions=captions(row), picture=_picture(row))
+        references = _references(row.get("reference"))
+        as_many(len(references), self._references)
+        return Content(captions=captions(row), picture=_picture(row), references=references)
 
 
 def captions(row: dict[str, Any]) -> tuple[str, ...]:
@@ -134,6 +143,13 @@ def captions(row: dict[str, Any]) -> tuple[str, ...]:
     if isinstance(text, list) and all(isinstance(each, str) for each in text):
         return some(text)
     raise Unusable(f"its text is {text!r:.40}, neither a string nor a list of strings")
+
+
+def _references(value: Any) -> tuple[bytes, ...]:
+    found = [value] if isinstance(value, bytes) else value or []
+    if not isinstance(found, list) or not all(isinstance(each, bytes) for each in found):
+        raise Unusable(f"its references are {value!r:.40}, not the bytes of files")
+    return tuple(found)
 
 
 def _picture(row: dict[str, Any]) -> bytes:

@@ -69,9 +69,28 @@ class Preparation:
                 "the source has pictures: choose images=stored, or source=captions to leave them "
                 "out"
             )
-
+        self._check_references()
         if self.verify and not self.images.latents:
             raise UserError("verify=true decodes latents, and images=none has none: leave it out")
+
+    def _check_references(self) -> None:
+        """Refuse reference images that nobody looks at, or that are missing: UserError."""
+        many = self.source.references
+        if many and not self.encoders.edits:
+            raise UserError(
+                f"source.references is {many}, and these encoders look at 0: choose "
+                "encoders=qwen_image_edit, or leave it out"
+            )
+        if self.encoders.edits and not many:
+            raise UserError(
+                "source.references is 0, and these encoders look at 1 or more: give "
+                "source.references=1, and a picture NAME.ref0.png for each NAME.png"
+            )
+        if many and not self.images.pictures:
+            raise UserError(
+                f"source.references is {many}, and only images=stored has reference images: choose "
+                "it and a source with pictures"
+            )
 
     @property
     def keeping(self) -> Path:
@@ -91,6 +110,9 @@ class Preparation:
             del plain["heldout"]
         if not self.images.generates:
             del plain["model"]
+        if not self.source.references:
+            for key in ("references", "reference"):
+                plain["source"].pop(key, None)
         plain["images"].pop("init_from", None)
         plain["images"]["weights"] = self.images.weights()
         plain["encoders"] = {"revision": revision, "device": device.type}

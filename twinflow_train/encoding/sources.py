@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, ClassVar
 
 from twinflow_train.encoding.pictures import Size, Unusable
-from twinflow_train.errors import UserError
+from twinflow_train.errors import UserError, check
 
 Where = tuple[str | int, ...]
 """How a source finds a thing again: plain values, first the file, then what names it in there."""
@@ -33,10 +33,14 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What an item holds: its captions, and the bytes of its picture's file if it has one."""
+    """What an item holds: its captions, and the bytes of its picture's file if it has one.
+
+    references: the bytes of its reference images' files, for editing.
+    """
 
     captions: tuple[str, ...]
     picture: bytes | None = None
+    references: tuple[bytes, ...] = ()
 
 
 class Reader(ABC):
@@ -57,11 +61,19 @@ class Reader(ABC):
 
 @dataclass(kw_only=True)
 class Source(ABC):
-    """Where pictures and captions come from: the `source` group. path: a file or a folder."""
+    """Where pictures and captions come from: the `source` group.
+
+    path: a file or a folder. references: reference images of each item, for editing: the pictures
+    that its caption says how to turn into its own. Items with fewer or more are left out.
+    """
 
     pictures: ClassVar[bool] = True
 
     path: str = "???"
+    references: int = 0
+
+    def __post_init__(self) -> None:
+        check("source", self, [("references", self.references >= 0, "0 or more")])
 
     @abstractmethod
     def open(self) -> Reader:
@@ -113,6 +125,12 @@ def _refuse(error: OSError) -> None:
 
 def _unreadable(path: Path | str, error: OSError) -> UserError:
     return UserError(f"source.path: {path} cannot be read ({error.strerror}); mend or remove it")
+
+
+def as_many(found: int, wanted: int) -> None:
+    """Refuse an item with another number of reference images: Unusable."""
+    if found != wanted:
+        raise Unusable(f"it has {found} reference images, source.references is {wanted}")
 
 
 def prompts(text: bytes) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from twinflow_train.encoding.sources import (
     Reader,
     Source,
     Where,
+    as_many,
     opened,
     prompts,
     some,
@@ -38,11 +39,12 @@ class WebDataset(Source):
     """Tars whose members `KEY.jpg` (.png, .webp, .bmp) and `KEY.txt` or `KEY.json` belong together.
 
     A .txt member has one caption a line, a .json member has `caption`, `captions` or `text`.
+    Reference images are members `KEY.ref0.jpg`, `KEY.ref1.png`, ...
     """
 
     def open(self) -> TarReader:
         """Open the tars."""
-        return TarReader(self.path)
+        return TarReader(self.path, self.references)
 
 
 @dataclass
@@ -58,23 +60,34 @@ class _Member:
                 return (suffix, *self.places[suffix])
         return ("", 0, 0)
 
+    def references(self) -> Iterator[int]:
+        """Yield offset and size of one reference image after the other."""
+        number = 0
+        while (found := self.first(tuple(f"ref{number}.{one}" for one in PICTURES)))[0]:
+            yield from _place(found[1:])
+            number += 1
+
 
 class TarReader(Reader):
     """Finds samples tar by tar, in the order of the members."""
 
-    def __init__(self, path: str) -> None:
-        self._files = Files(path, (".tar",))
+    def __init__(self, path: str, references: int) -> None:
+        self._files, self._references = Files(path, (".tar",)), references
 
     def find(self) -> Iterator[Where]:
-        """Yield each sample's (tar, key, captions' suffix, offset, size, picture's likewise)."""
+        """Yield each sample's (tar, key, captions' suffix, offset, size, picture's likewise).
+
+        Offsets and sizes of its reference images follow, where they are wanted.
+        """
         for tar in self._files.names():
             for key, member in _members(self._files.root / tar).items():
-                yield (tar, key, *member.first(CAPTIONS), *member.first(PICTURES))
+                beside = member.references() if self._references else ()
+                yield (tar, key, *member.first(CAPTIONS), *member.first(PICTURES), *beside)
 
     def measure(self, where: Where) -> Size:
         """Read a picture's size from its first bytes, from all where these do not say."""
-        _check(where)
-        offset, size = _place(where[6:])
+        self._check(where)
+        offset, size = _place(where[6:8])
         try:
             return measure(BytesIO(self._bytes(where, offset, min(size, HEADER))))
         except Unusable:
@@ -82,10 +95,20 @@ class TarReader(Reader):
 
     def read(self, where: Where) -> Content:
         """Read a sample's picture and captions."""
-        _check(where)
+        self._check(where)
         text = self._bytes(where, *_place(where[3:5]))
         captions = prompts(text) if where[2] == "txt" else _said(text)
-        return Content(captions=captions, picture=self._bytes(where, *_place(where[6:])))
+        picture, *references = (
+            self._bytes(where, *_place(where[at : at + 2])) for at in range(6, len(where), 2)
+        )
+        return Content(captions=captions, picture=picture, references=tuple(references))
+
+    def _check(self, where: Where) -> None:
+        if not where[2]:
+            raise Unusable(f"the tar holds no {' or '.join(CAPTIONS)} for it")
+        if not where[5]:
+            raise Unusable(f"the tar holds no {' or '.join(PICTURES)} for it")
+        as_many(len(where) // 2 - 4, self._references)
 
     def _bytes(self, where: Where, offset: int, size: int) -> bytes:
         with opened(self._files.root / str(where[0])) as file:
@@ -96,13 +119,6 @@ class TarReader(Reader):
 def _place(numbers: Where) -> tuple[int, int]:
     offset, size = map(int, numbers)
     return offset, size
-
-
-def _check(where: Where) -> None:
-    if not where[2]:
-        raise Unusable(f"the tar holds no {' or '.join(CAPTIONS)} for it")
-    if not where[5]:
-        raise Unusable(f"the tar holds no {' or '.join(PICTURES)} for it")
 
 
 def _members(path: Path) -> dict[str, _Member]:

@@ -9,7 +9,9 @@ from twinflow_train.models.base import Model
 from twinflow_train.models.codec import Encoders
 from twinflow_train.models.pixels import PixelEncoders, Text
 from twinflow_train.models.qwen_codec import QwenImageEncoders
+from twinflow_train.models.qwen_edit_codec import QwenImageEditEncoders
 from twinflow_train.models.qwen_image import QwenImage
+from twinflow_train.models.qwen_image_edit import QwenImageEdit
 from twinflow_train.models.sana import Sana
 from twinflow_train.models.sana_codec import SanaEncoders
 from twinflow_train.models.sd3 import SD3
@@ -19,6 +21,7 @@ from twinflow_train.models.z_image_codec import ZImageEncoders
 
 OPTIONS: Mapping[str, Encoders] = {
     "qwen_image": QwenImageEncoders(),
+    "qwen_image_edit": QwenImageEditEncoders(),
     "sana": SanaEncoders(),
     "sd35_medium": SD3Encoders(),
     "z_image": ZImageEncoders(),
@@ -28,6 +31,7 @@ OPTIONS: Mapping[str, Encoders] = {
 
 ENCODERS: Mapping[type[Model], str] = {
     QwenImage: "qwen_image",
+    QwenImageEdit: "qwen_image_edit",
     Sana: "sana",
     SD3: "sd35_medium",
     ZImage: "z_image",
