@@ -13,6 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
+from tests.pipelines.openuni import released as tensors_of
 from twinflow_train.batch import Condition
 from twinflow_train.engines.recompute import recompute_every
 from twinflow_train.errors import UserError
@@ -31,6 +32,10 @@ CONNECTOR = 6 * (4 * (1536**2 + 1536) + 4 * 1536 + 2 * 1536 * 8960 + 8960 + 1536
 PROJECTOR = 1536 * 2304 + 2304
 
 
+def released(size: OpenUni = SMALL, **more: Tensor) -> dict[str, Tensor]:
+    return tensors_of(size, queries=4) | more
+
+
 def filled(weights: Weights, size: OpenUni = SMALL) -> OpenUniNet:
     net = size.build().to_empty(device="cpu")
     with torch.no_grad():
@@ -38,36 +43,6 @@ def filled(weights: Weights, size: OpenUni = SMALL) -> OpenUniNet:
             shape = parameter.shape
             parameter.copy_(weights.read(net.stored_name(name), shape, 0, shape[0]))
     return net
-
-
-def released(size: OpenUni = SMALL, **more: Tensor) -> dict[str, Tensor]:
-    """Name random tensors as the released checkpoint names its own, SANA's by their own class."""
-    draws = torch.Generator().manual_seed(0)
-
-    def some(*shape: int) -> Tensor:
-        return 0.3 * torch.randn(*shape, generator=draws)
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        sana = SanaTransformer2DModel(**size.stock_arguments()).state_dict()
-    found = {f"transformer.{k}": v + 0.1 * some(*v.shape) for k, v in sana.items()}
-    width, hidden = size.text_width, size.connector_hidden
-    for n in range(size.connector_layers):
-        layer = f"connector.layers.{n}"
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            found[f"{layer}.self_attn.{name}.weight"] = some(width, width)
-            found[f"{layer}.self_attn.{name}.bias"] = some(width)
-        for name in ("layer_norm1", "layer_norm2"):
-            found[f"{layer}.{name}.weight"] = 1 + some(width)
-            found[f"{layer}.{name}.bias"] = some(width)
-        found[f"{layer}.mlp.fc1.weight"] = some(hidden, width)
-        found[f"{layer}.mlp.fc1.bias"] = some(hidden)
-        found[f"{layer}.mlp.fc2.weight"] = some(width, hidden)
-        found[f"{layer}.mlp.fc2.bias"] = some(width)
-    found["projector.weight"] = some(size.caption_width, width)
-    found["projector.bias"] = some(size.caption_width)
-    found["meta_queries"] = some(4, width)
-    return found | more
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def write_pipeline(folder: Path) -> Path:
                     pad_token_id=0, eos_token_id=1, bos_token_id=2,
                 )
             ),
-            vae=_autoencoder(),
+            vae=autoencoder(),
             transformer=SanaTransformer2DModel(**SIZE.stock_arguments()),
             scheduler=DPMSolverMultistepScheduler(
                 prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
@@ -47,7 +47,7 @@ def write_pipeline(folder: Path) -> Path:
     return folder
 
 
-def _autoencoder() -> AutoencoderDC:
+def autoencoder() -> AutoencoderDC:
     """Build the released kind of autoencoder: 32-fold, of convolutions and linear attention."""
     blocks = ("ResBlock",) * 4 + ("EfficientViTBlock",) * 2
     return AutoencoderDC(

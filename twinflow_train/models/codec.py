@@ -173,14 +173,14 @@ def _missing(folder: Path, parts: Parts, variant: str | None) -> Iterator[str]:
                 files.append("preprocessor_config.json")  # as older releases call it
         else:
             name = "diffusion_pytorch_model" if part == "vae" else "model"
-            found = _weight_files(here, name, variant)
+            found = weight_files(here, name, variant)
             if variant and not all((here / file).is_file() for file in found):
-                found = _weight_files(here, name, None)
+                found = weight_files(here, name, None)
             files = ["config.json", *found]
         yield from (f"{part}/{file}" for file in files if not (here / file).is_file())
 
 
-def _weight_files(folder: Path, name: str, variant: str | None) -> list[str]:
+def weight_files(folder: Path, name: str, variant: str | None) -> list[str]:
     """List the files that hold a part's weights: those that its index names, if there is one."""
     dotted = f".{variant}" if variant else ""
     index = folder / f"{name}.safetensors.index{dotted}.json"

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from twinflow_train.models.base import Model
 from twinflow_train.models.codec import Encoders
+from twinflow_train.models.openuni import OpenUni
+from twinflow_train.models.openuni_codec import OpenUniEncoders
 from twinflow_train.models.pixels import PixelEncoders, Text
 from twinflow_train.models.qwen_codec import QwenImageEncoders
 from twinflow_train.models.qwen_edit_codec import QwenImageEditEncoders
@@ -25,6 +27,7 @@ OPTIONS: Mapping[str, Encoders] = {
     "sana": SanaEncoders(),
     "sd35_medium": SD3Encoders(),
     "z_image": ZImageEncoders(),
+    "openuni_l": OpenUniEncoders(),
     "pixels": PixelEncoders(),
 }
 """The options of the group `encoders`; their `path` is where they were released."""
@@ -32,6 +35,7 @@ OPTIONS: Mapping[str, Encoders] = {
 ENCODERS: Mapping[type[Model], str] = {
     QwenImage: "qwen_image",
     QwenImageEdit: "qwen_image_edit",
+    OpenUni: "openuni_l",
     Sana: "sana",
     SD3: "sd35_medium",
     ZImage: "z_image",

@@ -18,7 +18,7 @@ from twinflow_train.models.initial import plain
 from twinflow_train.models.joined import JoinedWeights, TorchWeights
 from twinflow_train.models.sana import Sana
 from twinflow_train.models.two_times import SecondEmbedder, pack_times, thousandths
-from twinflow_train.models.weights import StoredWeights, Weights, save_folder
+from twinflow_train.models.weights import StoredWeights, Weights, save_folder, tensor_names
 
 SANA = "transformer."
 """What the names of SANA's weights begin with in a checkpoint of all of OpenUni."""
@@ -96,13 +96,17 @@ class OpenUni(Sana):
         return plain(name, shape)
 
     def stored_weights(self, folder: Path, *, seed: int = 0) -> Weights:
-        """Open an export, or the released `.pth` file; UserError if it is of another model.
+        """Open an export, or the released `.pth` file, or the folder in which it lies alone.
+
+        UserError if it is of another model.
 
         seed: of a second time embedder that it lacks.
         """
         names, fresh = list(self.build().stored_names().values()), self.second.fresh(seed)
-        if folder.suffix == ".pth":
-            return TorchWeights(folder, names=names, others=NOT_TRAINED, fresh=fresh)
+        beside = [] if (folder / "connector").is_dir() else sorted(folder.glob("*.pth"))
+        if len(beside) == 1 or folder.is_file():
+            file = beside[0] if beside else folder
+            return TorchWeights(file, names=names, others=NOT_TRAINED, fresh=fresh)
         own = [name.removeprefix(SANA) for name in names if name.startswith(SANA)]
         sana = StoredWeights(
             folder / "transformer",
@@ -121,6 +125,16 @@ class OpenUni(Sana):
             fresh={},
         )
         return JoinedWeights({SANA: sana, "": connector})
+
+    def describes(self, folder: Path) -> bool:
+        """Tell whether a folder is an export of this model: SANA's folder alone is not."""
+        return (folder / "connector").is_dir() and super().describes(folder)
+
+    def in_few_steps(self, folder: Path) -> bool:
+        """Tell whether a folder's weights have a second time embedder, as few-step ones do."""
+        name = self.second.name.removeprefix(SANA)
+        inside = folder / "transformer"
+        return inside.is_dir() and any(n.startswith(f"{name}.") for n in tensor_names(inside))
 
     def save(self, folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Write weights into `folder` as `stored_weights` reads them: SANA, and the connector."""

@@ -29,6 +29,16 @@ def loading(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def without_bars() -> None:
+    """Let the libraries load in silence."""
+    # The owners of the libraries, and heavy: imported only where a codec is opened.
+    from diffusers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar as disable_bar_of_weights
+
+    disable_progress_bar()
+    disable_bar_of_weights()
+
+
 def open_pipeline(kind: Any, folder: PipelineFolder, device: torch.device, **parts: Any) -> Any:
     """Load the parts of a pipeline that encode: in bfloat16 on a GPU, in float32 on a CPU.
 
@@ -38,12 +48,7 @@ def open_pipeline(kind: Any, folder: PipelineFolder, device: torch.device, **par
     Raises:
         UserError: a file is damaged.
     """
-    # The owners of the libraries, and heavy: imported only where a codec is opened.
-    from diffusers.utils.logging import disable_progress_bar
-    from transformers.utils.logging import disable_progress_bar as disable_bar_of_weights
-
-    disable_progress_bar()
-    disable_bar_of_weights()
+    without_bars()
     with loading(folder.path):
         pipeline = kind.from_pretrained(
             folder.path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -39,22 +39,12 @@ class SanaEncoders(Encoders):
         return SanaCodec(folder, device)
 
 
-class SanaCodec(Codec):
-    """Encodes with the stock pipeline's own parts and methods."""
+class DeepCompression(Codec):
+    """Pictures by `AutoencoderDC`, whose latents are multiplied by its scale."""
 
-    null_prompt = SanaEncoders.null_prompt
-
-    def __init__(self, folder: PipelineFolder, device: torch.device) -> None:
-        # Heavy, and the owner of the library: imported only where a codec is opened.
-        from diffusers import SanaPipeline
-
-        self._device = device
-        self._pipeline = open_pipeline(SanaPipeline, folder, device)
-        self._vae = self._pipeline.vae.eval()
-        self.text_width = self._pipeline.text_encoder.eval().config.hidden_size
-        self.multiple = self._pipeline.vae_scale_factor
-        asked = inspect.signature(SanaPipeline.__call__).parameters
-        self._instruction: list[str] = asked["complex_human_instruction"].default
+    def __init__(self, vae: Any, device: torch.device) -> None:
+        self._vae, self._device = vae.eval(), device
+        self.multiple = 2 ** (len(vae.config.encoder_block_out_channels) - 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Return the shape (C, H, W) of the latent of a picture of this size in pixels."""
@@ -73,6 +63,22 @@ class SanaCodec(Codec):
         found = latents.to(self._device, torch.float32) / self._vae.config.scaling_factor
         images: Tensor = self._vae.decode(found.to(self._vae.dtype)).sample
         return images.float()
+
+
+class SanaCodec(DeepCompression):
+    """Encodes with the stock pipeline's own parts and methods."""
+
+    null_prompt = SanaEncoders.null_prompt
+
+    def __init__(self, folder: PipelineFolder, device: torch.device) -> None:
+        # Heavy, and the owner of the library: imported only where a codec is opened.
+        from diffusers import SanaPipeline
+
+        self._pipeline = open_pipeline(SanaPipeline, folder, device)
+        super().__init__(self._pipeline.vae, device)
+        self.text_width = self._pipeline.text_encoder.eval().config.hidden_size
+        asked = inspect.signature(SanaPipeline.__call__).parameters
+        self._instruction: list[str] = asked["complex_human_instruction"].default
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str], *, at_once: int) -> list[Embedding]:
