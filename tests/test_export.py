@@ -8,17 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from safetensors.torch import load_file
 
+from tests.pipelines.qwen_image import write_pipeline
 from tests.tiny import Tiny, tiny
 from twinflow_train.errors import UserError
 from twinflow_train.export import export
+from twinflow_train.flow.sampler import FEW
 from twinflow_train.models.qwen_image import QwenImage
 from twinflow_train.models.two_times import TargetTime
 from twinflow_train.models.weights import WEIGHTS
 from twinflow_train.reporting import card
 from twinflow_train.run import model_of
+from twinflow_train.sampling.origin import find
 
 SECOND = "time_text_embed_2."
 
@@ -68,6 +71,27 @@ def test_diffusers_opens_the_folder_and_bfloat16_is_a_rounding(made: Path, tmp_p
     plain = {name: p for name, p in half.items() if not name.startswith(SECOND)}
     assert {name for name, _ in stock.named_parameters()} == set(plain)
     assert len(half) > len(plain)
+
+
+def test_a_whole_pipeline_loads_in_plain_diffusers_and_in_ours(made: Path, tmp_path: Path) -> None:
+    tiny = write_pipeline(tmp_path / "tiny")
+    out = tmp_path / "out"
+    for _ in range(2):  # also over what is there
+        export(made, weights=None, step=None, dtype="fp32", out=out, pipeline=str(tiny))
+    parts = {path.name for path in tiny.iterdir()}
+    assert parts <= {path.name for path in out.iterdir()}
+    assert weights(out).keys() == weights(made / "export").keys()
+    assert (out / card.CARD).is_file()
+    stock = QwenImagePipeline.from_pretrained(out)
+    assert stock.transformer.config.num_layers == 1
+    assert torch.equal(stock.transformer.proj_out.weight, weights(out)["proj_out.weight"])
+    found = find(str(out))
+    assert found.encoders.path == str(out)
+    assert found.samplers == tuple(FEW.values())
+    with pytest.raises(UserError, match=r"--pipeline: .*nowhere is no diffusers pipeline"):
+        export(
+            made, weights=None, step=None, dtype="fp32", out=out, pipeline=str(tmp_path / "nowhere")
+        )
 
 
 def test_the_card_is_made_of_what_the_run_says(made: Path) -> None:

@@ -20,6 +20,7 @@ from twinflow_train.checkpoint import choose, kinds, whole
 from twinflow_train.errors import UserError
 from twinflow_train.models.adapter import Adapter, NoAdapter, Tensors
 from twinflow_train.models.base import Model
+from twinflow_train.models.hub import complete, located
 from twinflow_train.models.lora import LoRA, fingerprint
 from twinflow_train.reporting import card, summary
 from twinflow_train.run import adapter_of, model_of
@@ -37,13 +38,15 @@ def export(
     dtype: str,
     out: Path | None,
     merge: bool = False,
-    base: Path | None = None,
+    base: str | None = None,
+    pipeline: str | None = None,
 ) -> Path:
     """Write one checkpoint's weights, its sampler settings and a model card; return the folder.
 
     weights: "ema", "slow" or "raw"; None: averaged if there is an average. step: of the checkpoint;
     None is the newest. out: None is RUN/export-STEP-WEIGHTS, and -merged. merge: add a LoRA to its
-    base. base: where that is now; None is where it was.
+    base. base: where that is now; None is where it was. pipeline: put the other parts of this
+    pipeline beside the transformer, and it is one itself.
 
     Raises:
         UserError: no such run, checkpoint or weights; or nothing to merge, or another base.
@@ -59,10 +62,17 @@ def export(
     model, adapter = model_of(index.run["model"]), adapter_of(index.run.get("adapter", {}))
     tensors: Tensors = whole(index, KINDS[chosen])
     if merge:
-        place = base or Path(manifest["config"]["init_from"])
+        where = base or manifest["config"]["init_from"]
+        place = located(where, key="--base" if base else "init_from")
         tensors = _merged(adapter, model, tensors, place, run=index.run)
         adapter = NoAdapter()
+    if pipeline is not None and adapter.partial:
+        raise UserError(
+            "--pipeline wants a whole network: add --merge to put the LoRA into its base"
+        )
     adapter.save(folder, model, tensors, dtype=DTYPES[dtype])
+    if pipeline is not None:
+        complete(folder, pipeline, key="--pipeline")
     card.write(
         folder,
         manifest=manifest,
@@ -110,7 +120,8 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--out", type=Path, help="RUN/export-STEP-WEIGHTS")
     parser.add_argument("--merge", action="store_true", help="add a LoRA to its base")
-    parser.add_argument("--base", type=Path, help="where that is now; where it was")
+    parser.add_argument("--pipeline", help="make a whole pipeline with this one's other parts")
+    parser.add_argument("--base", help="where that is now, as for init_from; where it was")
     words = vars(parser.parse_args())
     try:
         print(export(words.pop("run"), **words))

@@ -10,18 +10,24 @@ from typing import Any
 import pytest
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.pipelines.qwen_image import SIZE, write_pipeline
+from tests.pipelines.qwen_image_edit import EDIT_SIZE, write_edit_pipeline
 from twinflow_train.batch import Condition
 from twinflow_train.errors import UserError
 from twinflow_train.flow.sampler import FEW, Sampler, Style, published, sample
 from twinflow_train.models.loading import filled
+from twinflow_train.models.qwen_codec import QwenImageEncoders
+from twinflow_train.models.qwen_image import QwenImage
+from twinflow_train.models.qwen_image_edit import QwenImageEdit
 from twinflow_train.models.weights import RandomWeights, save_folder
 from twinflow_train.rng import generator
 from twinflow_train.sampling import TwinFlowPipeline
-from twinflow_train.sampling.origin import BASE
+from twinflow_train.sampling.origin import BASE, find
 
+FILE = "diffusion_pytorch_model.safetensors"
 CPU = torch.device("cpu")
 SMALL: Any = {"height": 32, "width": 48}
 PROMPTS = ["a red apple", "the color and the size of objects", "text"]
@@ -175,3 +181,63 @@ def test_what_is_no_model_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "other" / "transformer" / "config.json").write_text(json.dumps(other))
     with pytest.raises(UserError, match=r"num_layers is 3, the configuration's is 2"):
         TwinFlowPipeline.from_pretrained(str(tmp_path / "other"), model=SIZE)
+
+
+# Editing
+
+
+@pytest.fixture(scope="module")
+def editing(tmp_path_factory: pytest.TempPathFactory) -> TwinFlowPipeline:
+    folder = write_edit_pipeline(tmp_path_factory.mktemp("edit") / "tiny")
+    return TwinFlowPipeline.from_pretrained(str(folder), model=EDIT_SIZE, device="cpu")
+
+
+def test_pictures_are_edited_from_files_and_from_memory(
+    editing: TwinFlowPipeline, tmp_path: Path
+) -> None:
+    picture = Image.new("RGB", (50, 40), "red")
+    picture.save(tmp_path / "red.png")
+    ask: Any = {"num_inference_steps": 1, "style": "few", **SMALL}
+    drawn = editing("make it blue", pictures=[tmp_path / "red.png"], **ask)
+    assert drawn.tensors.shape == (1, 3, 32, 48)
+    again = editing("make it blue", pictures=[picture], **ask)
+    assert torch.equal(drawn.tensors, again.tensors)
+    other = editing("make it blue", pictures=[Image.new("RGB", (50, 40), "green")], **ask)
+    assert not torch.equal(drawn.tensors, other.tensors)
+    two = editing(["a", "b"], pictures=[picture, tmp_path / "red.png"], **ask)
+    assert len(two.tensors) == 2
+    guided = editing("make it blue", pictures=[picture], num_inference_steps=2, **SMALL)
+    assert guided.sampler.guidance == BASE.guidance
+    assert bool(guided.tensors.isfinite().all())
+
+
+def test_who_edits_wants_pictures_and_who_does_not_takes_none(
+    editing: TwinFlowPipeline, pipeline: TwinFlowPipeline, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="pictures: this model edits"):
+        editing("a", **SMALL)
+    with pytest.raises(UserError, match="pictures: this model takes none"):
+        pipeline("a", pictures=[Image.new("RGB", (50, 40))], **SMALL)
+    (tmp_path / "text.png").write_text("no picture")
+    for file in ("text.png", "nowhere.png"):
+        with pytest.raises(UserError, match=rf"pictures: .*{file} cannot be used"):
+            editing("a", pictures=[tmp_path / file], **SMALL)
+
+
+def test_released_folders_are_told_apart(tmp_path: Path) -> None:
+    assert QwenImage().stock_config() == QwenImageEdit().stock_config()  # up to release 2509
+    for kind, model in {
+        "QwenImagePipeline": QwenImage(),
+        "QwenImageEditPipeline": QwenImageEdit(),
+        "QwenImageEditPlusPipeline": QwenImageEdit(),
+    }.items():
+        folder = tmp_path / kind
+        (folder / "transformer").mkdir(parents=True)
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+        save_file({"proj_out.bias": torch.zeros(1)}, folder / "transformer" / FILE)
+        said = json.dumps(model.stock_config())
+        (folder / "transformer" / "config.json").write_text(said)
+        found = find(str(folder))
+        assert (type(found.model), found.samplers) == (type(model), ())
+        assert isinstance(found.encoders, QwenImageEncoders)
+        assert found.encoders.edits == isinstance(model, QwenImageEdit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,12 +110,14 @@ class Model(ABC):
     target_time: how the target time enters.
     second: the family's second time embedder. absent: what a config.json that is older than a key
     means by not having it. lora_targets: stock linear layers that a LoRA adapts if the
-    configuration names none, by the ends of their names; empty where there is no LoRA.
+    configuration names none, by the ends of their names; empty where there is no LoRA. pipelines:
+    stock pipelines of the family, where a transformer's config.json does not tell it from another.
     """
 
     second: ClassVar[SecondEmbedder]
     absent: ClassVar[Mapping[str, object]] = {}
     lora_targets: ClassVar[tuple[str, ...]] = ()
+    pipelines: ClassVar[tuple[str, ...]] = ()
 
     channels: int
     patch: int
@@ -169,7 +172,12 @@ class Model(ABC):
         )
 
     def describes(self, folder: Path) -> bool:
-        """Tell whether the config.json of a diffusers folder is that of this model."""
+        """Tell whether a diffusers folder is of this model, by what it says and not its weights."""
+        index = folder / "model_index.json"
+        if self.pipelines and index.is_file():
+            pipeline = json.loads(index.read_text()).get("_class_name")
+            if pipeline not in self.pipelines:
+                return False
         said = read_config(folder)
         wanted = {"target_time": "embedder"} | self.config()
         return bool(said) and not list(differences(said, wanted, self.absent))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -34,6 +37,33 @@ def download(repository: str, *, revision: str | None, patterns: Sequence[str], 
             f"{key}=FOLDER"
         ) from error
     return Path(found)
+
+
+def complete(folder: Path, where: str, *, key: str) -> None:
+    """Put the other parts of a pipeline beside a transformer: VAE, text encoder, scheduler, ...
+
+    Files are linked where they lie on the same disk, else copied. where: the pipeline's folder, or
+    REPOSITORY or REPOSITORY@REVISION.
+
+    Raises:
+        UserError: it is no pipeline, or cannot be had.
+    """
+    source, (name, _, revision) = Path(where), where.partition("@")
+    if not source.exists() and REPOSITORY.fullmatch(name):
+        source = download(name, revision=revision or None, patterns=("*.json", "*/*"), key=key)
+    if not (source / "model_index.json").is_file():
+        raise UserError(f"{key}: {where} is no diffusers pipeline, it has no model_index.json")
+    for file in sorted(source.rglob("*")):
+        part = file.relative_to(source)
+        if not file.is_file() or part.parts[0] == "transformer" or part.suffix == ".md":
+            continue
+        target = folder / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.link(file.resolve(), target)
+            continue
+        shutil.copyfile(file, target)
 
 
 def located(where: str, *, key: str = "init_from") -> Path:

@@ -40,6 +40,7 @@ class QwenImage(Model):
         *("img_mlp.net.0.proj", "img_mlp.net.2"),
         *("txt_mlp.net.0.proj", "txt_mlp.net.2"),
     )
+    pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
 
     layers: int = 60
     heads: int = 24

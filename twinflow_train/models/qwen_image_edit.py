@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from twinflow_train.errors import UserError
 from twinflow_train.models.qwen_image import QwenImage
@@ -16,6 +17,8 @@ class QwenImageEdit(QwenImage):
     image: true for the release 2511, false for those before it.
     For the others see `QwenImage` and `Model`.
     """
+
+    pipelines: ClassVar[tuple[str, ...]] = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
 
     zero_cond_t: bool = False
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
 from twinflow_train.batch import Condition, Velocity
+from twinflow_train.encoding.pictures import Size, Unusable, load, scaled
 from twinflow_train.errors import UserError
 from twinflow_train.flow.sampler import Sampler, Style, sample
 from twinflow_train.models.base import Model
-from twinflow_train.models.codec import Codec, Encoders
+from twinflow_train.models.codec import Codec, EditCodec, Encoders
 from twinflow_train.rng import generator
 from twinflow_train.sampling.origin import Origin, find
 
@@ -102,13 +105,15 @@ class TwinFlowPipeline:
         width: int | None = None,
         seed: int = 0,
         num_images_per_prompt: int = 1,
+        pictures: Sequence[Image.Image | Path | str] = (),
         batch: int = 4,
     ) -> Drawn:
         """Draw pictures; each is a function of (seed, its number) and not of `batch`.
 
         num_inference_steps, style: choose among the published settings; those that travel with the
         weights where both are left out. sampler: all settings, instead of both. height, width: in
-        pixels; the size that the model was made for. batch: pictures in one network call.
+        pixels; the size that the model was made for. pictures: to edit, or files of them, with a
+        model for editing. batch: pictures in one network call.
 
         Raises:
             UserError: a size, a style or a prompt that the model cannot take.
@@ -119,8 +124,9 @@ class TwinFlowPipeline:
         style = Style[style] if isinstance(style, str) else style
         how = sampler or self.origin.sampler(steps=num_inference_steps, style=style)
         shape = self.shape(height, width)
-        cond = self.embed(texts)
-        null = self.embed([self.codec.null_prompt]) if how.guidance != 1 else None
+        references = self._cut(pictures, shape)
+        cond = self.embed(texts, references)
+        null = self.embed([self.codec.null_prompt], references) if how.guidance != 1 else None
         numbers = range(len(texts) * num_images_per_prompt)
         latents, seconds = [], 0.0
         for first in range(0, len(numbers), batch):
@@ -130,8 +136,8 @@ class TwinFlowPipeline:
             found = self._sample(part, cond[rows.to(self.device)], null, how, shape, seed=seed)
             seconds += self._now() - began
             latents += list(found)
-        pictures = torch.cat(list(self._decoded(latents)))
-        return Drawn(tensors=pictures, sampler=how, seconds=seconds / len(numbers))
+        drawn = torch.cat(list(self._decoded(latents)))
+        return Drawn(tensors=drawn, sampler=how, seconds=seconds / len(numbers))
 
     def shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Return the latent's shape for a size in pixels; UserError if the model cannot draw it."""
@@ -148,21 +154,59 @@ class TwinFlowPipeline:
                     f"instance {near}"
                 )
         shape = self.codec.latent_shape(tall, wide)
-        self.origin.model.check(shape, self.codec.text_width, pooled_width=self.codec.pooled_width)
+        self.origin.model.check(
+            shape,
+            self.codec.text_width,
+            pooled_width=self.codec.pooled_width,
+            references=int(isinstance(self.codec, EditCodec)),
+        )
         return shape
 
     def _usual(self) -> tuple[int, int]:
         """Return height and width in pixels of what the model was trained on."""
         if self.origin.latent is None:
             return self.codec.usual_size, self.codec.usual_size
+        return self._pixels(self.origin.latent)
+
+    def _pixels(self, latent: Sequence[int]) -> tuple[int, int]:
+        """Return height and width in pixels of the picture of a latent (C, H, W)."""
         unit = self.codec.multiple
         _, tall, wide = self.codec.latent_shape(unit, unit)
-        return self.origin.latent[1] * unit // tall, self.origin.latent[2] * unit // wide
+        return latent[1] * unit // tall, latent[2] * unit // wide
 
-    def embed(self, prompts: Sequence[str]) -> Condition:
-        """Encode prompts, one at a time: what stands beside one changes nothing."""
-        found = self.codec.embed(prompts, at_once=1)
-        return Condition.of([each.to("cpu", torch.float32) for each in found]).to(self.device)
+    def embed(
+        self, prompts: Sequence[str], references: Sequence[UInt8[Tensor, "3 h w"]] = ()
+    ) -> Condition:
+        """Encode prompts, one at a time: what stands beside one changes nothing.
+
+        references: the pictures that they are about, for editing.
+        """
+        if isinstance(self.codec, EditCodec):
+            found = self.codec.embed_edits(prompts, references)
+        else:
+            found = self.codec.embed(prompts, at_once=1)
+        cond = Condition.of([each.to("cpu", torch.float32) for each in found]).to(self.device)
+        latents = (self.codec.encode(scaled(one)[None]) for one in references)
+        return replace(
+            cond, references=tuple(one.expand(len(prompts), -1, -1, -1) for one in latents)
+        )
+
+    def _cut(
+        self, pictures: Sequence[Image.Image | Path | str], shape: Sequence[int]
+    ) -> list[UInt8[Tensor, "3 h w"]]:
+        """Read pictures and cut them to the size of a latent; UserError if there may be none."""
+        edits = isinstance(self.codec, EditCodec)
+        if edits and not pictures:
+            raise UserError("pictures: this model edits, and wants one or more pictures to edit")
+        if pictures and not edits:
+            raise UserError("pictures: this model takes none; they are for models that edit")
+        found = []
+        for each in pictures:
+            try:
+                found.append(load(_bytes(each), Size(*self._pixels(shape)))[1])
+            except (OSError, Unusable) as error:
+                raise UserError(f"pictures: {each} cannot be used ({error})") from error
+        return found
 
     def _sample(
         self,
@@ -192,3 +236,12 @@ class TwinFlowPipeline:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _bytes(picture: Image.Image | Path | str) -> bytes:
+    """Return a picture's file."""
+    if not isinstance(picture, Image.Image):
+        return Path(picture).read_bytes()
+    written = BytesIO()
+    picture.save(written, format="PNG")
+    return written.getvalue()

@@ -56,7 +56,8 @@ class Sampling:
     Face hub. prompts: a text, a list of them, or a file with one a line.
     folder: for the pictures. steps, style: choose among the published settings; null: those that
     travel with the weights. sampler: what is to be otherwise.
-    seed: of the noise. images: a prompt. height, width: in pixels; null is the model's usual size.
+    seed: of the noise. images: a prompt. pictures: files of what is to be edited.
+    height, width: in pixels; null is the model's usual size.
     batch: pictures in one network call. precision: of the network; null is bf16 on a GPU.
     model: its size, where it is no released one and no export says it.
     encoders: where the VAE and the text encoder are, null for those that belong to the weights.
@@ -71,6 +72,7 @@ class Sampling:
     sampler: Changes = field(default_factory=Changes)
     seed: int = 0
     images: int = 1
+    pictures: list[str] = field(default_factory=list)
     height: int | None = None
     width: int | None = None
     batch: int = 4
@@ -147,6 +149,7 @@ def _drawn(settings: Sampling, prompts: Sequence[str], origin: Origin, sampler: 
         width=settings.width,
         seed=settings.seed,
         num_images_per_prompt=settings.images,
+        pictures=settings.pictures,
         batch=settings.batch,
     )
     del pipeline
