@@ -138,11 +138,11 @@ def test_merging_asks_for_the_base_that_was_trained_on(
     other_base(run, other)
     merge = partial(export, made, weights="ema", step=None, dtype="fp32", merge=True)
     with pytest.raises(UserError, match=r"is not the base .* --base") as caught:
-        merge(out=tmp_path / "out", base=other)
+        merge(out=tmp_path / "out", base=str(other))
     assert str(other) in str(caught.value)
     moved = tmp_path / "moved"
     shutil.copytree(run.folder / "base", moved)
-    assert merge(out=tmp_path / "out", base=moved) == tmp_path / "out"
+    assert merge(out=tmp_path / "out", base=str(moved)) == tmp_path / "out"
 
 
 def other_base(run: Tiny, folder: Path) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import QwenImagePipeline, SanaTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.models.families import FAMILIES, Family, filled
+from tests.pipelines.openuni import SIZE as OPENUNI
 from tests.pipelines.qwen_image import SIZE as PIPELINE
 from tests.pipelines.qwen_image import WIDTH as TEXT_WIDTH
 from tests.pipelines.qwen_image import write_pipeline
@@ -371,6 +372,25 @@ def test_a_lora_is_no_network_to_start_from(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds a LoRA .*export RUN --merge") as refused:
         family.small.stored_weights(tmp_path)
     assert str(tmp_path) in str(refused.value)
+
+
+def test_openuni_gives_a_lora_for_its_sana(tmp_path: Path) -> None:
+    found = loosened(assembled(OPENUNI, OPENUNI.random_weights(0)))
+    LORA.save(tmp_path, OPENUNI, state(found, "model"), dtype=torch.float32)
+    lora = load_file(tmp_path / LORA_FILE)
+    theirs = [
+        f"transformer.{own}"
+        for own, module in SanaTransformer2DModel(**OPENUNI.stock_arguments()).named_modules()
+        if own.endswith(OPENUNI.lora_targets)
+    ]
+    sides = ("lora_A.weight", "lora_B.weight")
+    assert sorted(lora) == sorted(f"{own}.{side}" for own in theirs for side in sides)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        LORA_FILE,
+        "transformer.time_embed_2.safetensors",
+    }
+    merged = dict(LORA.merged(OPENUNI, OPENUNI.random_weights(0), state(found, "model")))
+    assert merged.keys() == set(OPENUNI.build().stored_names().values())
 
 
 def test_half_precision_is_a_rounding(tmp_path: Path) -> None:

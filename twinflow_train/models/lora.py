@@ -104,7 +104,7 @@ class LoRA(Adapter):
         for name, tensor in tensors:
             if name.endswith((DOWN, UP)):
                 scaled = self.scale * tensor if name.endswith(UP) else tensor
-                lora[PREFIX + name] = scaled.to(dtype).contiguous()
+                lora[PREFIX + name.removeprefix(PREFIX)] = scaled.to(dtype).contiguous()
             else:
                 rest[name] = tensor.to(dtype).contiguous()
         files = {LORA_FILE: lora, _second_file(model): rest}
