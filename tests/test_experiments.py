@@ -8,11 +8,16 @@ import pytest
 
 from tests.test_run import composed
 from twinflow_train.models.base import Model
+from twinflow_train.models.qwen_image import QwenImage
 from twinflow_train.models.sana import Sana, sana_600m
 from twinflow_train.models.sd3 import SD3
 from twinflow_train.models.z_image import ZImage
 
 PUBLISHED: dict[str, tuple[Model, dict[str, Any]]] = {
+    "qwen_image_full": (
+        QwenImage(),
+        {"optim": "AdamW", "lr": 1e-5, "betas": [0.9, 0.99], "clip": 1, "batch": 32},
+    ),
     "sana_0.6b_full": (
         sana_600m(),
         {"optim": "RAdam", "lr": 1e-4, "betas": [0.9, 0.95], "clip": 0, "batch": 128,
