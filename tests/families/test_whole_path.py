@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.families.rows import PROMPT, ROWS, SIDE
-from tests.program import Program, serve
+from tests.program import Program, refused, serve
 from twinflow_train.data.shards import ShardSet
 from twinflow_train.export import export
 from twinflow_train.sampling import TwinFlowPipeline
@@ -90,3 +90,25 @@ def test_from_pictures_to_a_picture(
     for drawn in (pipeline(PROMPT), pipeline(PROMPT, num_inference_steps=2, seed=1)):
         assert drawn.tensors.shape == (1, 3, SIDE, SIDE)
         assert bool(drawn.tensors.isfinite().all())
+
+
+def test_images_are_generated_of_prompts_with_pooled_embeddings(
+    prepare: Program, tmp_path: Path
+) -> None:
+    row = ROWS["sd3"]
+    tiny = row.write(tmp_path / "tiny")
+    (tmp_path / "prompts.txt").write_text("a red apple\na blue fox\n")
+    words = [
+        "source=captions", f"source.path={tmp_path / 'prompts.txt'}", "images=generated",
+        f"images.sizes=[[{SIDE},{SIDE}]]", f"images.init_from={tiny}", "images.sampler.steps=2",
+        f"encoders={row.encoders}", f"encoders.path={tiny}", *row.model,
+    ]  # fmt: skip
+    ended = prepare.run(*words, f"folder={tmp_path / 'set'}")
+    assert (ended.code, ended.errors) == (0, []), ended.err
+    shards = ShardSet(tmp_path / "set")
+    assert len(shards) == 2
+    samples = [shards.read(number) for number in range(2)]
+    assert all(bool(sample.image.isfinite().all()) for sample in samples)
+    assert not samples[0].pooled[0].equal(samples[1].pooled[0])
+    ended = prepare.run(*words, "model.pooled_width=5", f"folder={tmp_path / 'other'}")
+    refused(ended, "model.pooled_width is 5", "pooled embeddings have width 12")

@@ -24,7 +24,6 @@ from twinflow_train.errors import UserError
 from twinflow_train.flow.path import interpolate, jump
 from twinflow_train.models.base import VelocityNet
 from twinflow_train.models.two_times import TargetTime
-from twinflow_train.models.weights import save_folder
 
 NAMES = list(FAMILIES)
 FILE = "diffusion_pytorch_model.safetensors"
@@ -243,6 +242,8 @@ def test_released_sizes_build_on_meta_in_seconds(name: str) -> None:
         inside = {p for block in net.blocks for p in block.parameters()}
         assert sum(p.numel() for p in inside) > 0.85 * released.stock
         assert not [buffer for buffer, b in net.named_buffers() if b.is_meta]
+        # FSDP2 cuts the first axis, and gathers it padded: a large tensor needs a long one.
+        assert all(len(p) >= 1000 for p in parameters.values() if p.numel() > 1e6)
         assert seconds < 30
 
 
@@ -289,7 +290,7 @@ def test_what_is_stored_is_read_and_the_second_embedder_starts_as_the_paper_has_
     for own, parameter in net.named_parameters():
         stored = net.stored_name(own)
         if stored in theirs:
-            assert torch.equal(parameter, theirs[stored]), own
+            assert torch.equal(parameter, theirs[stored].view_as(parameter)), own
             continue
         inner = stored.removeprefix(f"{second.name}.")
         if second.copied:
@@ -306,12 +307,12 @@ def test_what_we_save_loads_in_the_stock_class_and_in_ours(name: str, tmp_path: 
     family, _, _ = both(name)
     net = family.net()
     tensors = {net.stored_name(own): p.detach() * 1.5 for own, p in net.named_parameters()}
-    save_folder(tmp_path, family.small.config(), iter(tensors.items()))
-    loaded = family.stock.from_pretrained(tmp_path).eval()
+    family.small.save(tmp_path, iter(tensors.items()))
+    loaded = family.stock.from_pretrained(tmp_path / "transformer").eval()
     state = loaded.state_dict()
     second = {n for n in tensors if n.startswith(f"{family.small.second.name}.")}
     assert state.keys() == tensors.keys() - second
-    assert all(torch.equal(state[n], tensors[n]) for n in state)
+    assert all(torch.equal(state[n].view_as(tensors[n]), tensors[n]) for n in state)
     again = filled(family.small, family.small.stored_weights(tmp_path))
     x, cond, t = family.latents(2), family.texts(3, 2), torch.tensor([1.0, 0.4])
     assert torch.equal(again(x, t, t, cond), family.ask(loaded, x, t, cond))
@@ -417,11 +418,11 @@ def test_z_image_takes_no_image_beyond_its_positions() -> None:
 def test_random_sd3_weights_hold_the_stock_class_s_own_positions() -> None:
     family = FAMILIES["sd3"]
     net = filled(family.small, family.small.random_weights(0))
-    table = family.stock_model().pos_embed.pos_embed
+    (table,) = family.stock_model().pos_embed.pos_embed
     assert torch.equal(net.stock.pos_embed.pos_embed, table)
-    weights = family.small.random_weights(0)
-    rows = weights.read("pos_embed.pos_embed", table.shape, 0, 1)
-    assert torch.equal(rows, table)
+    for weights in (family.small.random_weights(0), family.small.stored_weights(family.folder)):
+        rows = weights.read("pos_embed.pos_embed", table.shape, 5, 11)
+        assert torch.equal(rows, table[5:11])
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -34,8 +35,9 @@ class SD3(Model):
     positions: side of the position table, in tokens: the most that an image may have.
     For the others see `Model`.
 
-    The position table is data that weight files hold, and no network has it twice: it is a frozen
-    parameter here, sharded, saved and exported like any other.
+    The position table is data that weight files hold: it is a frozen parameter here, sharded, saved
+    and exported like any other. It lacks the files' first axis, of one, along which nothing could
+    be cut.
     """
 
     # It also takes the pooled text, and so does the second, by weights of its own.
@@ -117,6 +119,12 @@ class SD3(Model):
         """Give random initial weights, each a function of (seed, name), and sine positions."""
         return _WithPositions(super().random_weights(seed), self)
 
+    def save(self, folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Write weights into `folder` as `stored_weights` and the stock class read them."""
+        super().save(
+            folder, ((name, one[None] if name == POSITIONS else one) for name, one in tensors)
+        )
+
     def check(
         self, latent: Sequence[int], text_width: int, *, pooled_width: int = 0, references: int = 0
     ) -> None:
@@ -155,7 +163,7 @@ class SD3Net(VelocityNet):
         embed = self.stock.pos_embed
         table = embed.pos_embed
         del embed.pos_embed
-        embed.pos_embed = nn.Parameter(table, requires_grad=False)
+        embed.pos_embed = nn.Parameter(table.squeeze(0), requires_grad=False)
 
     def forward(
         self,
@@ -210,4 +218,4 @@ class _WithPositions:
         table: Tensor = get_2d_sincos_pos_embed(
             size.width, size.positions, base_size=SAMPLE_SIZE // size.patch, output_type="pt"
         )
-        return table.float()[None][start:stop]
+        return table.float()[start:stop]

@@ -88,7 +88,10 @@ class StoredWeights:
             )
 
     def read(self, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-        """Read rows [start, stop) from disk; UserError if missing or of another shape."""
+        """Read rows [start, stop) from disk; UserError if missing or of another shape.
+
+        The file may have the tensor with a first axis of one that `shape` does not have.
+        """
         if name not in self.files:
             name = _aliased(name, self.aliases)
         if name not in self.files:
@@ -100,6 +103,9 @@ class StoredWeights:
             )
         with _opened(self.folder / self.files[name]) as file:
             stored = file.get_slice(name)
+            if tuple(stored.get_shape()) == (1, *shape) and len(shape):
+                within: Tensor = stored[0:1, start:stop]
+                return within[0]
             if tuple(stored.get_shape()) != tuple(shape):
                 raise UserError(
                     f"init_from: {name} in {self.folder} has shape {tuple(stored.get_shape())}, "
