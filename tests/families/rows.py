@@ -16,7 +16,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from diffusers import (
+    AutoencoderDC,
+    DPMSolverMultistepScheduler,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -27,13 +31,17 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 
-from tests.encoding.tools import write_folder
-from tests.pipelines import qwen_image, sana, sd3, z_image
+from tests.encoding.tools import picture, write_folder
+from tests.pipelines import openuni, qwen_image, qwen_image_edit, sana, sd3, z_image
 from twinflow_train.models.base import Model
+from twinflow_train.models.loading import filled
+from twinflow_train.models.openuni_codec import OpenUniEncoders
+from twinflow_train.models.qwen_edit_codec import picture_processor
 from twinflow_train.run import GROUPS
 
 SIDE = 64
 """Height and width of the pictures that are trained on, and of those that are drawn."""
+CPU = torch.device("cpu")
 PROMPT = "picture of a red apple"
 Picture = npt.NDArray[np.float32]
 
@@ -64,7 +72,7 @@ class Row:
     option: of the group model. encoders: of the group encoders. size: of the tiny pipeline's
     transformer. write: writes that pipeline. draw(pipeline, export): a picture in [0, 1] of shape
     (SIDE, SIDE, 3). source: writes what training data are prepared from. prepare: more words for
-    it.
+    it. references: pictures to edit that ours draws from.
     """
 
     option: str
@@ -74,6 +82,7 @@ class Row:
     draw: Callable[[Path, Path], Picture]
     source: Callable[[Path], Path] = pictures
     prepare: tuple[str, ...] = (f"images.side={SIDE}",)
+    references: int = 0
 
     @property
     def model(self) -> list[str]:
@@ -85,6 +94,55 @@ class Row:
         return [f"model={self.option}", *(f"model.{k}={v}" for k, v in plain.items())]
 
 
+def edits(folder: Path) -> Path:
+    """Write five pictures, each with a caption and one picture that it was made of."""
+    folder.mkdir(parents=True)
+    for number in range(5):
+        picture(number, SIDE, SIDE).save(folder / f"{number}.png")
+        picture(number + 50, SIDE, SIDE).save(folder / f"{number}.ref0.png")
+        (folder / f"{number}.txt").write_text(f"make it picture {number}\n")
+    return folder
+
+
+def edited(tiny: Path, export: Path) -> Picture:
+    """Edit a picture in two steps with the stock pipeline around an export's transformer."""
+    ours = QwenImageTransformer2DModel.from_pretrained(export / "transformer")
+    stock = QwenImageEditPlusPipeline.from_pretrained(
+        tiny, transformer=ours, processor=picture_processor(tiny)
+    )
+    stock.set_progress_bar_config(disable=True)
+    found: Picture = stock(
+        [picture(50, SIDE, SIDE)], PROMPT, height=SIDE, width=SIDE, num_inference_steps=2,
+        true_cfg_scale=1.0, output_type="np",
+    ).images[0]  # fmt: skip
+    return found
+
+
+@torch.no_grad()
+def connected(tiny: Path, export: Path) -> Picture:
+    """Draw in two steps with stock SANA, on what the exported connector makes of the prompt."""
+    encoders = OpenUniEncoders(path=str(tiny))
+    (answers,) = encoders.open(encoders.find(), CPU).embed([PROMPT], at_once=1)
+    net = filled(openuni.SIZE, openuni.SIZE.stored_weights(export), device=CPU, dtype=torch.float32)
+    captions = net.stock.captions(answers.tokens[None], None)
+    stock = SanaPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=AutoencoderDC.from_pretrained(tiny / "vae"),
+        transformer=SanaTransformer2DModel.from_pretrained(export / "transformer"),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )
+    stock.set_progress_bar_config(disable=True)
+    found: Picture = stock(
+        prompt_embeds=captions, prompt_attention_mask=torch.ones(captions.shape[:2]), height=SIDE,
+        width=SIDE, num_inference_steps=2, guidance_scale=1.0, use_resolution_binning=False,
+        output_type="np",
+    ).images[0]  # fmt: skip
+    return found
+
+
 ROWS = {
     "qwen_image": Row(
         option="qwen_image",
@@ -92,6 +150,23 @@ ROWS = {
         size=qwen_image.SIZE,
         write=qwen_image.write_pipeline,
         draw=drawn_by(QwenImagePipeline, QwenImageTransformer2DModel, true_cfg_scale=1.0),
+    ),
+    "qwen_image_edit": Row(
+        option="qwen_image_edit",
+        encoders="qwen_image_edit",
+        size=qwen_image_edit.EDIT_SIZE,
+        write=qwen_image_edit.write_edit_pipeline,
+        draw=edited,
+        source=edits,
+        prepare=(f"images.side={SIDE}", "source.references=1"),
+        references=1,
+    ),
+    "openuni": Row(
+        option="openuni_l",
+        encoders="openuni_l",
+        size=openuni.SIZE,
+        write=openuni.write_pipeline,
+        draw=connected,
     ),
     "sana": Row(
         option="sana_0.6b",

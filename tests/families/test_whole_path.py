@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from tests.encoding.tools import picture as picture_of
 from tests.families.rows import PROMPT, ROWS, SIDE
 from tests.program import Program, refused, serve
 from twinflow_train.data.shards import ShardSet
@@ -87,7 +88,9 @@ def test_from_pictures_to_a_picture(
     assert picture.std() > 0
 
     pipeline = TwinFlowPipeline.from_pretrained(str(folder), encoders=str(tiny), device="cpu")
-    for drawn in (pipeline(PROMPT), pipeline(PROMPT, num_inference_steps=2, seed=1)):
+    shown = [picture_of(50 + n, SIDE, SIDE) for n in range(row.references)]
+    for many, seed in ((None, 0), (2, 1)):
+        drawn = pipeline(PROMPT, num_inference_steps=many, seed=seed, pictures=shown)
         assert drawn.tensors.shape == (1, 3, SIDE, SIDE)
         assert bool(drawn.tensors.isfinite().all())
 

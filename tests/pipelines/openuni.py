@@ -43,7 +43,12 @@ def write_pipeline(folder: Path) -> Path:
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     autoencoder.save_pretrained(folder / "vae")
-    torch.save(released(SIZE, queries=QUERIES), folder / "openuni_tiny.pth")
+    tensors = released(SIZE, queries=QUERIES)
+    torch.save(tensors, folder / "openuni_tiny.pth")
+    stock = SanaTransformer2DModel(**SIZE.stock_arguments())
+    own = (name for name in tensors if name.startswith("transformer."))
+    stock.load_state_dict({name.removeprefix("transformer."): tensors[name] for name in own})
+    stock.save_pretrained(folder / "transformer")
     return folder
 
 
