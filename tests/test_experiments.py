@@ -8,6 +8,7 @@ import pytest
 
 from tests.test_run import composed
 from twinflow_train.models.base import Model
+from twinflow_train.models.openuni import OpenUni
 from twinflow_train.models.qwen_image import QwenImage
 from twinflow_train.models.sana import Sana, sana_600m
 from twinflow_train.models.sd3 import SD3
@@ -27,6 +28,11 @@ PUBLISHED: dict[str, tuple[Model, dict[str, Any]]] = {
         Sana(),
         {"optim": "RAdam", "lr": 1e-4, "betas": [0.9, 0.99], "clip": 0, "batch": 128,
          "steps": 30000},
+    ),
+    "openuni_l_full": (
+        OpenUni(freeze_connector=True),
+        {"optim": "AdamW", "lr": 1e-4, "betas": [0.9, 0.95], "clip": 1, "batch": 128,
+         "steps": 60000},
     ),
     "sd35_medium_full": (
         SD3(),
@@ -48,11 +54,9 @@ def test_experiments_hold_the_published_settings(name: str) -> None:
     found |= {key: vars(run.optim)[key] for key in ("lr", "betas", "clip", "weight_decay")}
     assert found | settings | {"weight_decay": 0.0} == found
     objective = run.objective
-    assert (objective.guidance, objective.teacher_decay, objective.rectify_weight) == (
-        0.8,
-        0.99,
-        0.5,
-    )
+    decay, rectify = (0.999, 0.75) if name == "openuni_l_full" else (0.99, 0.5)
+    assert (objective.teacher_decay, objective.rectify_weight) == (decay, rectify)
+    assert objective.guidance == 0.8
     assert (objective.order, objective.consistency_ratio) == (2, 1)
     assert run.init_from is not None
     counts = objective.shares.counts(run.batch)

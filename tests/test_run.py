@@ -159,7 +159,7 @@ def test_cfg_job_prints_the_configuration_and_makes_nothing(run: Tiny, tmp_path:
         ("batch=10", ["batch = 10", "micro_batch = 4"]),
         ("objective.shares.fake=0.001", ["objective.shares.fake", "batch = 8"]),
         ("model=nope", ["model", "nope", "qwen_image"]),
-        ("experiment=nope", ["experiment", "nope", "digits_flow digits_rcgm digits_twinflow"]),
+        ("experiment=nope", ["experiment", "nope", "digits_flow", "digits_twinflow"]),
         ("batch=???", ["batch has no value"]),
         ("data.path=???", ["data.path has no value"]),
         ("folder=${nope}", ["folder", "nope"]),
