@@ -7,7 +7,7 @@ promised of every family.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +28,7 @@ from torch import Tensor
 from twinflow_train.batch import Condition
 from twinflow_train.models.base import Model, VelocityNet
 from twinflow_train.models.qwen_image import QwenImage
+from twinflow_train.models.qwen_image_edit import QwenImageEdit
 from twinflow_train.models.sana import Sana, sana_600m
 from twinflow_train.models.sd3 import SD3
 from twinflow_train.models.weights import Weights
@@ -56,8 +57,8 @@ class Family:
 
     small: at a size for tests. stock: the class in diffusers. ask(stock, x, t, cond): dx/dt as the
     stock pipeline has it of that class, t being sigma. released: its networks. frozen: ends of the
-    names of parameters that get no gradient. pads: whether texts may be padded. scheduler: another
-    one of its pipeline, besides Euler's.
+    names of parameters that get no gradient. pads: whether texts may be padded. references: images
+    that a text is about. scheduler: another one of its pipeline, besides Euler's.
     """
 
     small: Model
@@ -65,6 +66,7 @@ class Family:
     ask: Ask
     released: tuple[Released, ...]
     pads: bool = True
+    references: int = 0
     frozen: tuple[str, ...] = ()
     scheduler: Any = field(default_factory=FlowMatchEulerDiscreteScheduler)
 
@@ -82,7 +84,9 @@ class Family:
         found = Condition.pad([torch.randn(n, width, generator=draws) for n in lengths])
         if self.pooled_width:
             found.pooled = torch.randn(len(lengths), self.pooled_width, generator=draws)
-        return found
+        shape = (len(lengths), self.small.channels, HEIGHT, WIDTH)
+        beside = (torch.randn(shape, generator=draws) for _ in range(self.references))
+        return replace(found, references=tuple(beside))
 
     def latents(self, rows: int, seed: int = 0) -> Tensor:
         """Draw latents whose height and width differ."""
@@ -133,15 +137,16 @@ def filled(model: Model, weights: Weights) -> VelocityNet:
 
 
 def _ask_qwen(model: Any, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-    rows, channels, height, width = x.shape
+    rows, _, height, width = x.shape
+    pictures = [QwenImagePipeline._pack_latents(p, *p.shape) for p in (x, *cond.references)]
     tokens = model(
-        hidden_states=QwenImagePipeline._pack_latents(x, rows, channels, height, width),
+        hidden_states=torch.cat(pictures, dim=1),
         encoder_hidden_states=cond.tokens,
         encoder_hidden_states_mask=cond.mask,
         timestep=t,
-        img_shapes=[[(1, height // 2, width // 2)]] * rows,
+        img_shapes=[[(1, height // 2, width // 2)] * len(pictures)] * rows,
         return_dict=False,
-    )[0]
+    )[0][:, : pictures[0].shape[1]]
     out: Tensor = QwenImagePipeline._unpack_latents(tokens, height * 8, width * 8, 8)[:, :, 0]
     return out
 
@@ -183,6 +188,22 @@ FAMILIES = {
         released=(
             Released(
                 model=QwenImage(), stock=20_430_401_088, second=10_229_760, block=339_831_296
+            ),
+        ),
+    ),
+    "qwen_image_edit": Family(
+        small=QwenImageEdit(
+            layers=2, heads=2, head_dim=8, text_width=12, channels=4, rope=[4, 2, 2],
+            zero_cond_t=True,
+        ),
+        stock=QwenImageTransformer2DModel,
+        ask=_ask_qwen,
+        references=2,
+        frozen=("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+        released=(
+            Released(
+                model=QwenImageEdit(zero_cond_t=True), stock=20_430_401_088, second=10_229_760,
+                block=339_831_296,
             ),
         ),
     ),
