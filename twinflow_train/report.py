@@ -1,28 +1,41 @@
-"""Report: `python -m twinflow_train.report outputs/NAME [...]` prints finished runs' results."""
+"""Report: `python -m twinflow_train.report RUN [RUN ...]` prints results and writes a page on runs.
+
+The page is one HTML file with curves, pictures by training step, results and settings; it needs no
+network. Runs that have not ended are on it too.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
 from twinflow_train.errors import UserError
-from twinflow_train.reporting.summary import read, table
+from twinflow_train.reporting import page
+from twinflow_train.reporting.summary import FILE, read, table
 
 
-def main(folders: list[Path]) -> None:
-    """Print each run's table and where its picture is."""
+def main(folders: list[Path], out: Path | None) -> None:
+    """Print the table of each run that has ended, and write the page."""
     for folder in folders:
-        summary = read(folder)
-        pictures = sorted((folder / "samples").glob("step-*.png"))
-        print(f"{summary['name']}: step {summary['step']:,}, {summary['samples']:,} samples")
-        print(table(summary))
-        print(f"picture: {pictures[-1] if pictures else 'none'}\n")
+        if (folder / FILE).is_file():
+            summary = read(folder)
+            print(f"{summary['name']}: step {summary['step']:,}, {summary['samples']:,} samples")
+            print(table(summary))
+    path = out or folders[0] / "report.html"
+    page.write(folders, path)
+    print(f"page: {path}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m twinflow_train.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("--out", type=Path, help="the page; RUN/report.html of the first run")
+    words = parser.parse_args()
     try:
-        main(parser.parse_args().runs)
+        main(words.runs, words.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

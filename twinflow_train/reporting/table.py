@@ -35,7 +35,7 @@ LEFT = ("model", "style")
 
 def plain(rows: Sequence[Row], *, real: Row | None = None) -> str:
     """Return an aligned table for a terminal; `real` adds what real images reach as a last row."""
-    table = _cells(rows, real)
+    table = cells(rows, real)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     table.insert(1, ["-" * width for width in widths])
     return "\n".join("  ".join(_aligned(line, table[0], widths)).rstrip() for line in table)
@@ -43,7 +43,7 @@ def plain(rows: Sequence[Row], *, real: Row | None = None) -> str:
 
 def markdown(rows: Sequence[Row], *, real: Row | None = None) -> str:
     """Return the same table as Markdown."""
-    table = _cells(rows, real)
+    table = cells(rows, real)
     widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
     lines = [f"| {' | '.join(_aligned(line, table[0], widths))} |" for line in table]
     rule = [
@@ -53,7 +53,7 @@ def markdown(rows: Sequence[Row], *, real: Row | None = None) -> str:
     return "\n".join([lines[0], f"| {' | '.join(rule)} |", *lines[1:]])
 
 
-def _cells(rows: Sequence[Row], real: Row | None) -> list[list[str]]:
+def cells(rows: Sequence[Row], real: Row | None) -> list[list[str]]:
     """Return headings and cells; columns that no row has are left out."""
     rows = [*rows, {"model": "real", **real}] if real else rows
     shown = [
