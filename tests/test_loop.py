@@ -85,7 +85,7 @@ def test_every_step_and_every_evaluation_has_one_line(whole: Path) -> None:
     trained = [line for line in lines(whole) if "loss/total" in line]
     for line in trained:
         assert line["samples"] == 8 * line["step"]
-        assert {"norm/grad", "lr", "time/step", "memory/peak_gib"} <= line.keys()
+        assert {"norm/grad", "lr", "time/step", "memory/peak_gib", "speed/tflops"} <= line.keys()
         assert all(math.isfinite(value) for value in line.values())
     evaluated = [line for line in lines(whole) if "eval/ema/nfe1/frechet" in line]
     assert [line["step"] for line in evaluated] == [0, 4, 8, 12]

@@ -117,7 +117,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
         {
             key: value
             for key, value in line.items()
-            if not key.startswith(("time/", "memory/")) and "seconds" not in key
+            if not key.startswith(("time/", "memory/", "speed/")) and "seconds" not in key
         }
         for line in lines(folder)
     ]

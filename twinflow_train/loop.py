@@ -21,6 +21,7 @@ from twinflow_train.dist import World
 from twinflow_train.draws import Draws
 from twinflow_train.engines.base import Sharded
 from twinflow_train.evals.during import evaluate
+from twinflow_train.planner.speed import Meter
 from twinflow_train.reporting import card
 from twinflow_train.reporting.summary import conclude
 from twinflow_train.run import INTERRUPTED, Resume, Run
@@ -63,6 +64,7 @@ def train(run: Run) -> int:
             set_aside(folder, world)
         write_manifest(folder, run.config(), run.yaml(), run.about(), world)
         log = stack.enter_context(run.log(folder, progress, world))
+        meter = run.meter(world)
         log.tell(run.banner(engine, world) + "\n" + saves.banner())
         steps = prefetch(prepare(run, progress.step, world), run.data.prefetch)
         stack.enter_context(closing(steps))
@@ -86,7 +88,7 @@ def train(run: Run) -> int:
                 log.picture(progress.step, "samples", found.picture)
             if done or stop:
                 break
-            values = learn(run, engine, feed, progress.step, world)
+            values = learn(run, engine, feed, progress.step, world, meter)
             log.stepped(progress.step, progress.samples, values | saves.figures())
             progress.advance(run.batch)
         if stop:
@@ -116,7 +118,7 @@ def prepare(run: Run, step: int, world: World) -> Iterator[Prepared]:
 
 
 def learn(
-    run: Run, engine: Sharded, feed: Feed[Prepared], step: int, world: World
+    run: Run, engine: Sharded, feed: Feed[Prepared], step: int, world: World, meter: Meter
 ) -> dict[str, float]:
     """Take one optimizer step and return what there is to log about it."""
     began = time.perf_counter()
@@ -133,16 +135,18 @@ def learn(
     rate = run.optim.rate(step, run.steps)
     norm = engine.step(rate)
     means = world.sum(torch.stack(list(sums.values()))).tolist()
+    seconds = time.perf_counter() - began
     return (
         dict(zip(sums, means, strict=True))
         | norms
         | prepared.epochs
+        | meter.speed(prepared.batches, prepared.draws, seconds)
         | {
             "norm/grad": float(norm),
             "lr": rate,
             "data/skipped": feed.skipped,
             "time/data": waited,
-            "time/step": time.perf_counter() - began,
+            "time/step": seconds,
             "memory/peak_gib": world.peak_memory() / 2**30,
         }
     )

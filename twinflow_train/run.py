@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
@@ -39,7 +41,9 @@ from twinflow_train.models.weights import Weights
 from twinflow_train.models.z_image import Convention, ZImage
 from twinflow_train.objectives import presets
 from twinflow_train.objectives.twinflow import TwinFlow
-from twinflow_train.planner import cost
+from twinflow_train.planner import cost, gpus, rows_by_pass
+from twinflow_train.planner.flops import Work, work
+from twinflow_train.planner.speed import Meter
 from twinflow_train.scrub import scrub
 
 INTERRUPTED = 75
@@ -242,6 +246,34 @@ class Run:
             every=self.log_every,
         )
 
+    @cached_property
+    def work(self) -> Work:
+        """What a pass of the network does; some seconds for the largest."""
+        (assembly,) = self.adapter.assemble(self.model, [])
+        return work(self.model, assembly.net)
+
+    def meter(self, world: World) -> Meter:
+        """Measure the speed of steps."""
+        cuda = world.device.type == "cuda"
+        gpu = gpus.named(torch.cuda.get_device_name(world.device)) if cuda else None
+        return Meter(
+            work=self.work,
+            order=self.objective.order,
+            patch=self.model.patch,
+            recompute=0 if self.engine.keep_products else self.engine.recompute,
+            flops=gpu.flops if gpu else None,
+            ranks=world.size,
+        )
+
+    def operations(self, deal: Deal) -> dict[str, float]:
+        """Count a rank's operations in a step by pass, with the held-out set's texts."""
+        held_out = self.data.held_out()
+        texts = [n for entry in held_out.index(0) for n in entry.tokens]
+        pictures = 1 + held_out.manifest.form.references
+        image = pictures * math.prod(held_out.latent_shape[1:]) // self.model.patch**2
+        rows = rows_by_pass(self.objective, deal, seed=self.seed)
+        return self.work.step(rows, image, sum(texts) / len(texts))
+
     def banner(self, engine: Sharded, world: World) -> str:
         """Say once what the run does: its arithmetic, its size and the passes of a step."""
         deal = self.deal(world)
@@ -249,7 +281,8 @@ class Run:
         beside = f" beside {engine.frozen / 1e6:,.2f}M frozen ones" if engine.frozen else ""
         roles = self.objective.shares.counts(self.batch)
         spent = cost(self.objective, deal, seed=self.seed)
-        mine = self.batch // world.size
+        mine, operations = self.batch // world.size, self.operations(deal)
+        parts = ", ".join(f"{v / 1e12:,.3g} {name}" for name, v in operations.items() if v)
         shared = ", ".join(f"{n} {role}" for role, n in roles.items() if n)
         return (
             f"{self.name}: {trained / 1e6:,.2f}M parameters{beside} on {world.size} x "
@@ -258,7 +291,8 @@ class Run:
             f"{self.micro_batch}: {shared}\n"
             f"a step of a rank: {mine} samples forward and backward, {spent.passes} forward only "
             f"({spent.passes / mine:.2f} each, {spent.fillers} of them fillers), "
-            f"{spent.calls} network calls"
+            f"{spent.calls} network calls\n"
+            f"{sum(operations.values()) / 1e12:,.3g} TFLOP in it: {parts}"
         )
 
     def config(self) -> dict[str, Any]:

@@ -24,6 +24,24 @@ class Cost:
     calls: int = 0
 
 
+def rows_by_pass(objective: TwinFlow, deal: Deal, *, seed: int, step: int = 0) -> dict[str, int]:
+    """Count the sample passes that `deal.rank` needs in an optimizer step, by what they are for.
+
+    student: those with gradient. The others are without: see `TwinFlow.table`.
+    """
+    needs = objective.table(deal.batch, seed=seed, step=step).needs
+    mine = torch.cat([deal.mine(micro) for micro in range(deal.micro_steps)])
+    weight = passes_per_row(objective)
+    return {"student": len(mine)} | {
+        name: times * int(needs[name][mine].sum()) for name, times in weight.items()
+    }
+
+
+def passes_per_row(objective: TwinFlow) -> dict[str, int]:
+    """Say how many passes a row takes that needs a kind of them."""
+    return {"generate": 1, "guide": 2, "recurse": objective.order, "rectify": 2}
+
+
 class _Counter:
     """A velocity that is zero and counts the rows asked for in each call."""
 
@@ -39,18 +57,14 @@ def cost(objective: TwinFlow, deal: Deal, *, seed: int, step: int = 0) -> Cost:
     """Count what `deal.rank` does in an optimizer step; the gradient passes count as calls only."""
     student = _Counter()
     teacher = student if objective.teacher_decay == 0 else _Counter()
-    weight = {"generate": 1, "guide": 2, "recurse": objective.order, "rectify": 2}
-    needed = 0
     for micro in range(deal.micro_steps):
         draws = objective.draw(deal, micro, seed=seed, step=step, latent=(1,))
         rows = len(draws.t)
         text = Condition(tokens=torch.zeros(rows, 1, 1))
         batch = Batch(data=torch.zeros(rows, 1), cond=text, null=text[:1], keys=("",) * rows)
         objective.loss(student, teacher, batch, draws)
-        table = objective.table(deal.batch, seed=seed, step=step)
-        needed += sum(
-            times * int(table.needs[name][deal.mine(micro)].sum()) for name, times in weight.items()
-        )
     asked = student.rows + ([] if teacher is student else teacher.rows)
     passes = sum(asked) - deal.batch // deal.ranks
+    wanted = rows_by_pass(objective, deal, seed=seed, step=step)
+    needed = sum(wanted.values()) - wanted["student"]
     return Cost(passes=passes, fillers=passes - needed, calls=len(asked))
