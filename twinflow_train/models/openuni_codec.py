@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -157,22 +157,20 @@ class OpenUniCodec(DeepCompression):
         from diffusers import AutoencoderDC
         from transformers import AutoTokenizer, InternVLForConditionalGeneration
 
-        options: dict[str, Any] = {
-            "dtype": torch.bfloat16 if device.type == "cuda" else torch.float32,
-            "local_files_only": True,
-            "use_safetensors": True,
-        }
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         without_bars()
         with loading(folder.vae.path):
             vae = AutoencoderDC.from_pretrained(
-                folder.vae.path, torch_dtype=options["dtype"], local_files_only=True
+                folder.vae.path, torch_dtype=dtype, local_files_only=True, use_safetensors=True
             )
         super().__init__(vae.to(device), device)
         with loading(folder.path):
-            model = InternVLForConditionalGeneration.from_pretrained(folder.path, **options)
+            model = InternVLForConditionalGeneration.from_pretrained(
+                folder.path, dtype=dtype, local_files_only=True, use_safetensors=True
+            )
             self._tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
         self._model = model.model.language_model.to(device).eval()
-        self._queries = folder.learned.to(device, options["dtype"])
+        self._queries = folder.learned.to(device, dtype)
         self.text_width = self._model.config.hidden_size
         if self._queries.shape[-1] != self.text_width:
             raise UserError(
