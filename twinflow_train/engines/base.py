@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -81,8 +82,11 @@ class Sharded(Protocol):
         """
         ...
 
-    def step(self, rate: float) -> Tensor:
-        """Clip, update, average and clear; return the global gradient norm before clipping."""
+    def step(self, rate: float, *, limit: float = math.inf) -> Tensor:
+        """Clip, update, average and clear; return the global gradient norm before clipping.
+
+        Where that is not finite or above `limit`, nothing is updated, nor counted in `updates`.
+        """
         ...
 
     def discard(self) -> Tensor:
@@ -121,12 +125,10 @@ class Networks:
         return {"raw": self.student} | averages
 
 
-def not_finite(norm: Tensor, updates: int) -> UserError:
-    """Say that a step was refused, and what to do."""
-    return UserError(
-        f"the gradient norm is {float(norm)} after {updates} updates; nothing was updated and the "
-        "newest checkpoint is whole: lower optim.lr, or look at the data"
-    )
+def within(norm: Tensor, limit: float) -> bool:
+    """Tell whether a step of this gradient norm is to be taken; reads it from the device."""
+    value = float(norm)
+    return math.isfinite(value) and value <= limit
 
 
 @dataclass(kw_only=True)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages, decay_at, follow
-from twinflow_train.engines.base import Engine, Networks, Span, not_finite
+from twinflow_train.engines.base import Engine, Networks, Span, within
 from twinflow_train.engines.optim import MOMENTS, Optim, Saved, set_rate, set_updates
 from twinflow_train.engines.recompute import recompute_every
 from twinflow_train.errors import UserError, check
@@ -152,28 +152,26 @@ class ShardedFSDP2(Networks):
         _fsdp(self._moving[0]).set_requires_all_reduce(last)
         (loss * self._world.size).backward()
 
-    def step(self, rate: float) -> Tensor:
+    def step(self, rate: float, *, limit: float = math.inf) -> Tensor:
         """Clip, update, average and clear; return the global gradient norm before clipping.
 
-        Raises:
-            UserError: it is not finite; alike on every rank, and nothing was updated.
+        Where that is not finite or above `limit`, nothing is updated; alike on every rank.
         """
         norm = self._norm()
-        if not norm.isfinite():
-            raise not_finite(norm, self.updates)
+        if not within(norm, limit):
+            self._clear()
+            return norm
         if self._optim.clip:
             nn.utils.clip_grads_with_norm_(self._trained, self._optim.clip, norm, foreach=True)
         set_rate(self._optimizer, rate)
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         for kind in self.averages:
             now = decay_at(self._decays[kind], self.updates)
             # The same draws in every copy of a shard, or copies would drift apart.
             path = (kind, self.updates, self._mesh.get_local_rank("shard"))
             follow(self._locals(kind), self._locals("model"), now, path=path)
-        for net in self._moving:
-            reshard(net)
+        self._clear()
         return norm
 
     def discard(self) -> Tensor:
@@ -181,6 +179,12 @@ class ShardedFSDP2(Networks):
         norm = self._norm()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _clear(self) -> None:
+        """Forget the gradient, and what is gathered: the next step may begin with other weights."""
+        self._optimizer.zero_grad(set_to_none=True)
+        for net in self._moving:
+            reshard(net)
 
     def _norm(self) -> Tensor:
         norm = nn.utils.get_total_norm([_some(p.grad) for p in self._trained], foreach=True)
@@ -202,6 +206,7 @@ class ShardedFSDP2(Networks):
         """Take note that the spans were filled from a checkpoint after `updates` updates."""
         self.updates = updates
         set_updates(self._optimizer, updates)
+        self._clear()
 
     def whole(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, whole tensor on the CPU) of a kind of weights on rank 0; collective."""

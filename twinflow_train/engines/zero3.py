@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages, decay_at, follow
-from twinflow_train.engines.base import Engine, Networks, Precision, Span, not_finite
+from twinflow_train.engines.base import Engine, Networks, Precision, Span, within
 from twinflow_train.engines.optim import AdamW8bit, Optim, set_rate, set_updates
 from twinflow_train.engines.recompute import recompute_every
 from twinflow_train.engines.zero3_parts import Part, held, masters
@@ -228,17 +228,20 @@ class ShardedZeRO3(Networks):
         # What is computed anew ends in the middle of a block, and ZeRO-3 would keep note of it.
         del FWD_MODULE_STACK[depth:]
 
-    def step(self, rate: float) -> Tensor:
+    def step(self, rate: float, *, limit: float = math.inf) -> Tensor:
         """Clip, update, average and clear; return the global gradient norm before clipping.
 
-        Raises:
-            UserError: it is not finite; alike on every rank, and nothing was updated.
+        Where that is not finite or above `limit`, nothing is updated; alike on every rank. To know
+        it in time takes a second look at the gradients, unless the limit is infinite.
         """
+        if math.isfinite(limit) and not within(norm := self._norm(), limit):
+            self._clear()
+            return norm
         set_rate(self._engine.optimizer.optimizer, rate)
         self._engine.step()
         norm = torch.as_tensor(self._engine.get_global_grad_norm())
         if not self._engine.was_step_applied():
-            raise not_finite(norm, self.updates)
+            return torch.full_like(norm, math.inf)  # which DeepSpeed has cleared
         self.updates += 1
         states = [part.state for part in self._parts["model"]]
         for kind in self.averages:
@@ -253,11 +256,20 @@ class ShardedZeRO3(Networks):
 
     def discard(self) -> Tensor:
         """Forget the accumulated gradient without an update; return its global norm."""
-        zero = self._engine.optimizer
-        norms = [torch.as_tensor(norm).float() for norm in zero._get_norm_groups()]
-        zero._overflow_clean_up(1.0)  # what DeepSpeed calls after a step that it does not take
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        norm = self._norm()
+        self._clear()
         return norm
+
+    def _norm(self) -> Tensor:
+        groups = self._engine.optimizer._get_norm_groups()
+        norms = torch.stack([torch.as_tensor(norm).float() for norm in groups])
+        # DeepSpeed says -1 of what is not finite.
+        norm: Tensor = torch.linalg.vector_norm(norms.where(norms >= 0, math.inf))
+        return norm
+
+    def _clear(self) -> None:
+        """Forget the gradient, as DeepSpeed does after a step that it does not take."""
+        self._engine.optimizer._overflow_clean_up(1.0)
 
     def spans(self) -> Iterator[Span]:
         """Yield this rank's part of every parameter, average and moment as flat views."""
