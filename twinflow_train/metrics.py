@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -21,6 +21,8 @@ from twinflow_train.scrub import scrub
 
 log = logging.getLogger(__name__)
 FILE = "metrics.jsonl"
+PATIENCE_SECONDS = 30
+"""How long W&B may take to answer at the start, and to send what is left at the end."""
 
 
 class Sink:
@@ -52,7 +54,10 @@ class NoTracking(Tracking):
 
 @dataclass(kw_only=True)
 class WandB(Tracking):
-    """Weights & Biases. mode: offline (needs no account; sync later), online or disabled."""
+    """Weights & Biases. mode: offline (needs no account; sync later), online or disabled.
+
+    An online run that does not reach the server goes on offline.
+    """
 
     project: str = "twinflow"
     entity: str | None = None
@@ -76,22 +81,37 @@ class _WandBSink(Sink):
         import wandb
 
         self._wandb = wandb
-        try:
-            self._run = wandb.init(
+
+        def start(mode: str) -> Any:
+            return wandb.init(
                 project=options.project,
                 entity=options.entity,
-                mode=options.mode,  # type: ignore[arg-type]
+                mode=mode,  # type: ignore[arg-type]
                 tags=options.tags,
                 name=name,
                 dir=str(folder),
                 config=scrub(dict(config)),
-                # W&B would keep the command line, whose URLs may hold credentials.
-                settings=wandb.Settings(silent=True, console="off", x_disable_meta=True),
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    x_disable_meta=True,  # or it keeps the command line, with URLs' credentials
+                    init_timeout=PATIENCE_SECONDS,
+                    finish_timeout=PATIENCE_SECONDS,
+                ),
             )
+
+        try:
+            try:
+                self._run = start(options.mode)
+            except wandb.errors.CommError as error:
+                if isinstance(error, wandb.errors.AuthenticationError):
+                    raise
+                log.warning("W&B cannot be reached (%s): tracking goes on offline", _line(error))
+                self._run = start("offline")
         except wandb.errors.Error as error:
             raise UserError(
                 f"tracking.mode={options.mode}: W&B does not start, run `wandb login` or choose "
-                f"tracking.mode=offline or tracking=none ({' '.join(str(error).split())})"
+                f"tracking.mode=offline or tracking=none ({_line(error)})"
             ) from error
         # Our own step is the axis: a resumed run continues on it, also as a new offline run.
         self._run.define_metric("step")
@@ -107,12 +127,77 @@ class _WandBSink(Sink):
         self._run.finish()
 
 
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+class _Spare(Sink):
+    """A tracker that training can do without: its first failure is told, and is its end."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._try(lambda: self._sink.write(step, values))
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        self._try(lambda: self._sink.picture(step, name, path))
+
+    def close(self) -> None:
+        self._try(self._sink.close)
+
+    def _try(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
+            log.warning("tracking has failed, and ends: %s (%s has all)", _line(error), FILE)
+            self._sink = Sink()
+
+
+class _Lines:
+    """A file that grows by lines; where the disk is full they wait in memory, in their order."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._waiting, self._told = path, b"", False
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, line: str) -> None:
+        """Write a line, and what waits before it, as far as there is room."""
+        self._waiting += line.encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._told:
+                log.warning("%s cannot be written, lines wait: %s", self._path, error.strerror)
+            self._told = True
+        else:
+            self._told = False
+
+    def cut(self, step: int) -> None:
+        """Drop the lines from a step on."""
+        self.close()
+        try:
+            cut(self._path, step)
+        except OSError as error:
+            log.warning("%s keeps lines from step %d on: %s", self._path, step, error.strerror)
+        self._file = self._path.open("ab", buffering=0)
+
+    def close(self) -> None:
+        """Try once more what waits, and close the file."""
+        self.append("")
+        if self._waiting:
+            log.warning("%s lacks its last %d bytes", self._path, len(self._waiting))
+        self._waiting = b""
+        self._file.close()
+
+
 @dataclass(kw_only=True)
 class Log:
     """One run's log. Only the main process writes; the others' calls do nothing."""
 
     sink: Sink
-    file: TextIO | None
+    file: _Lines | None
     bar: tqdm | None
     every: int = 1
 
@@ -121,8 +206,7 @@ class Log:
         if self.file is None:
             return
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self.file.write(json.dumps({"step": step, "samples": samples, **finite}) + "\n")
-        self.file.flush()
+        self.file.append(json.dumps({"step": step, "samples": samples, **finite}) + "\n")
         self.sink.write(step, values)
 
     def picture(self, step: int, name: str, path: Path) -> None:
@@ -144,6 +228,14 @@ class Log:
         self.bar.update()
         if self.every and step % self.every == 0:
             self.write(step, samples, values)
+
+    def rewind(self, step: int) -> None:
+        """Go on from an earlier step: what is about to be made again is dropped."""
+        if self.file is not None:
+            self.file.cut(step)
+        if self.bar is not None:
+            self.bar.n = step
+            self.bar.refresh()
 
 
 @contextmanager
@@ -167,11 +259,11 @@ def open_log(
         return
     path = folder / FILE
     cut(path, step)
-    sink = tracking.open(name=name, folder=folder, config=config)
+    sink = _Spare(tracking.open(name=name, folder=folder, config=config))
     bar = tqdm(total=steps, initial=step, desc=name, unit="step", dynamic_ncols=True, mininterval=1)
     try:
         # Else a warning would be written into the line of the bar.
-        with path.open("a") as file, bar, logging_redirect_tqdm():
+        with closing(_Lines(path)) as file, bar, logging_redirect_tqdm():
             yield Log(sink=sink, file=file, bar=bar, every=every)
     finally:
         sink.close()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,11 +64,21 @@ def evaluate(
         losses |= {f"{model}/{name}": loss for name, loss in found.items()}
     picture = folder / f"step-{step:08d}.png"
     if world.main and both.pictures:
-        folder.mkdir(parents=True, exist_ok=True)
-        grid.save(grid.draw(both.columns(), prompts=both.captions), picture)
+        with _spare(picture):
+            folder.mkdir(parents=True, exist_ok=True)
+            grid.save(grid.draw(both.columns(), prompts=both.captions), picture)
     return Found(
         evaluation=both, heldout=losses, health=health.measure(heldout, world), picture=picture
     )
+
+
+@contextmanager
+def _spare(path: Path) -> Iterator[None]:
+    """Write something that a run can do without, if the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s was not written, training goes on: %s", path, error.strerror)
 
 
 def _base(
@@ -80,7 +91,8 @@ def _base(
     if step == 0:
         base = suite.evaluate({"base": velocity}, suite.base, heldout, world)
         if world.main:
-            base.save(kept)
+            with _spare(kept):
+                base.save(kept)
         return base
     if world.any(not kept.is_dir()):
         log.warning("%s is missing: the base is left out of tables and pictures", kept)
