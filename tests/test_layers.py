@@ -13,8 +13,8 @@ PACKAGE = "twinflow_train"
 ROOT = Path(__file__).parent.parent / PACKAGE
 
 LAYERS = (
-    ("errors", "scrub", "files", "rng", "batch", "dist"),
-    ("flow", "deal", "draws", "passes", "place"),
+    ("errors", "scrub", "plain", "files", "rng", "batch", "dist"),
+    ("flow", "deal", "draws", "passes", "place", "faults", "profiler"),
     ("models", "data", "objectives"),
     ("engines",),
     ("metrics", "checkpoint", "evals", "planner", "encoding", "reporting", "runfolder"),

@@ -74,7 +74,12 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
 
 def options() -> Iterator[str]:
     """List every group's options and every key, also those of the things in lists."""
-    yield from (f.name for f in fields(Run) if f.name not in GROUPS)
+    hints = get_type_hints(Run)
+    for f in fields(Run):
+        if is_dataclass(hints[f.name]) and f.name not in GROUPS:
+            yield from keys(hints[f.name], f.name)
+        elif f.name not in GROUPS:
+            yield f.name
     for group, found in GROUPS.items():
         yield from (f"{group}={option}" for option in found)
         yield from dict.fromkeys(
@@ -155,6 +160,12 @@ def test_cfg_job_prints_the_configuration_and_makes_nothing(run: Tiny, tmp_path:
         ("optim.betas=[0.9]", ["optim.betas is [0.9]; it must be two numbers in [0, 1)"]),
         ("evals.samplers=[{steps: 0}]", ["sampler", "steps", "at least 1"]),
         ("data.window=0", ["data.window", "1..256"]),
+        ("faults.budget=-1", ["faults.budget is -1; it must be 0 or more"]),
+        ("faults.slow_above=1", ["faults.slow_above is 1.0; it must be above 1, or 0"]),
+        ("profile.steps=10", ["profile.steps is 10", "FIRST:END", "10:13"]),
+        ("profile.steps=5:3", ["profile.steps is 5:3, which are 0 steps", "1 to 100"]),
+        ("profile.steps=0:101", ["profile.steps is 0:101, which are 101 steps"]),
+        ("profile.steps=11:13", ["profile.steps is 11:13", "the run has 12 steps"]),
         ("terms_every=3 log_every=2", ["terms_every = 3", "multiple of log_every = 2"]),
         ("terms_every=3 log_every=0", ["terms_every = 3", "log_every = 0"]),
         ("batch=10", ["batch = 10", "micro_batch = 4"]),

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -108,13 +110,37 @@ def stopping(world: World) -> bool:
     return world.any(_Stop.asked)
 
 
+def collectives(world: World) -> bytes:
+    """Return what torch's flight recorder has of the last collectives, as its tools read it."""
+    library: Any = torch._C._distributed_c10d
+    dump = library._dump_nccl_trace if world.device.type == "cuda" else library._dump_fr_trace
+    return bytes(dump())
+
+
+def record_collectives(folder: Path) -> None:
+    """Have the last collectives recorded, and by nccl written to `folder` if one takes too long.
+
+    What the environment already says of it stays.
+    """
+    for name, value in {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": str(folder.absolute() / "nccl-"),  # and the rank
+    }.items():
+        os.environ.setdefault(name, value)
+
+
 @contextmanager
-def start() -> Iterator[World]:
+def start(records: Path | None = None) -> Iterator[World]:
     """Join the process group that torchrun describes, or a group of one, and leave it at the end.
 
-    Uses nccl with one GPU a process where there are GPUs, else gloo on the CPU.
+    Uses nccl with one GPU a process where there are GPUs, else gloo on the CPU. A collective that
+    takes ten minutes fails. records: where a record of the last ones goes then (see
+    `record_collectives`).
     """
     watch_signals()
+    if records is not None:
+        record_collectives(records)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     gpu = torch.cuda.is_available()

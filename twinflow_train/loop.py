@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import torch
 
 from twinflow_train import dist
 from twinflow_train.batch import Batch, moved
-from twinflow_train.checkpoint import Progress
+from twinflow_train.checkpoint import Checkpoints, Progress
 from twinflow_train.data.feed import Feed
 from twinflow_train.data.loader import prefetch
 from twinflow_train.dist import World
 from twinflow_train.draws import Draws
 from twinflow_train.engines.base import Sharded
 from twinflow_train.evals.during import evaluate
+from twinflow_train.faults import Safeguards, safeguards
+from twinflow_train.metrics import Log
 from twinflow_train.planner.speed import Meter
 from twinflow_train.reporting import card
 from twinflow_train.reporting.summary import conclude
@@ -53,7 +56,7 @@ def train(run: Run) -> int:
     code of their own.
     """
     with ExitStack() as stack:
-        world = stack.enter_context(dist.start())
+        world = stack.enter_context(dist.start(Path(run.folder) / "stacks"))
         run.check(world)
         folder = stack.enter_context(run_folder(run.folder, world))
         engine = run.shard(world)
@@ -66,12 +69,14 @@ def train(run: Run) -> int:
         log = stack.enter_context(run.log(folder, progress, world))
         meter = run.meter(world)
         log.tell(run.banner(engine, world) + "\n" + saves.banner())
-        steps = prefetch(prepare(run, progress.step, world), run.data.prefetch)
-        stack.enter_context(closing(steps))
-        feed = Feed(steps=steps, world=world, budget=run.data.skip_budget)
+        safe = stack.enter_context(safeguards(run.faults, progress.faults, folder, world))
+        trace = stack.enter_context(run.profile.tracer(folder, world))
+        steps = partial(prepare, run, world)
+        feed = stack.enter_context(Feed(steps=steps, world=world, budget=run.data.skip_budget))
         while True:
             done, stop = progress.step >= run.steps, dist.stopping(world)
-            if done or stop or progress.every(run.save_every):
+            due = progress.every(run.save_every) and not progress.faults.in_row
+            if done or stop or due:
                 saves.write()
             if not stop and (done or not progress.step or progress.every(run.eval_every)):
                 found = evaluate(
@@ -88,9 +93,12 @@ def train(run: Run) -> int:
                 log.picture(progress.step, "samples", found.picture)
             if done or stop:
                 break
-            values = learn(run, engine, feed, progress.step, world, meter)
+            trace.at(progress.step)
+            values = learn(run, engine, feed, progress, safe, world, meter)
             log.stepped(progress.step, progress.samples, values | saves.figures())
             progress.advance(run.batch)
+            if safe.guard.exhausted:
+                go_back(saves, progress, safe, log)
         if stop:
             saves.finish()
             log.tell(f"interrupted after step {progress.step}; start again to continue")
@@ -103,7 +111,12 @@ def train(run: Run) -> int:
         return 0
 
 
-def prepare(run: Run, step: int, world: World) -> Iterator[Prepared]:
+def prepare(run: Run, world: World, step: int) -> Generator[Prepared]:
+    """Yield what this rank needs for each step from one on, made ahead."""
+    return prefetch(_prepare(run, world, step), run.data.prefetch)
+
+
+def _prepare(run: Run, world: World, step: int) -> Iterator[Prepared]:
     """Yield this rank's micro-batches with their randomness, an optimizer step at a time."""
     deal, stream = run.deal(world), run.data.stream(seed=run.seed, batch=run.batch)
     groups = [*run.objective.shares.counts(run.batch).values()]
@@ -118,31 +131,56 @@ def prepare(run: Run, step: int, world: World) -> Iterator[Prepared]:
 
 
 def learn(
-    run: Run, engine: Sharded, feed: Feed[Prepared], step: int, world: World, meter: Meter
+    run: Run,
+    engine: Sharded,
+    feed: Feed[Prepared],
+    progress: Progress,
+    safe: Safeguards,
+    world: World,
+    meter: Meter,
 ) -> dict[str, float]:
-    """Take one optimizer step and return what there is to log about it."""
-    began = time.perf_counter()
-    prepared = feed.take()
+    """Take one optimizer step, or skip it for its numbers; return what there is to log about it.
+
+    The loss is read before the update: one that is not finite, on any rank, forbids it on all.
+    """
+    updates, began = engine.updates, time.perf_counter()
+    with safe.watchdog.waiting():
+        prepared = feed.take(progress.position)
     waited = time.perf_counter() - began
-    due = run.terms_every and step % run.terms_every == 0
-    norms = norms_by_term(run, engine, prepared, world) if due else {}
-    sums: dict[str, torch.Tensor] = {}
-    for batch, draws, last in prepared.micro_steps(world):
-        loss = run.objective.loss(engine.student, engine.teacher, batch, draws)
-        engine.backward(loss.total, last=last)
-        for name, value in loss.metrics.items():
-            sums[name] = sums[name] + value if name in sums else value
-    rate = run.optim.rate(step, run.steps)
-    norm = engine.step(rate)
-    means = world.sum(torch.stack(list(sums.values()))).tolist()
+    with safe.watchdog.step():
+        due = run.terms_every and progress.step % run.terms_every == 0
+        norms = norms_by_term(run, engine, prepared, world) if due else {}
+        sums: dict[str, torch.Tensor] = {}
+        rows = []
+        for batch, draws, last in prepared.micro_steps(world):
+            loss = run.objective.loss(engine.student, engine.teacher, batch, draws)
+            engine.backward(loss.total, last=last)
+            rows.append(loss.rows)
+            for name, value in loss.metrics.items():
+                sums[name] = sums[name] + value if name in sums else value
+        shares = torch.cat([torch.stack([*sums.values()]), safe.pace.mine(feed.waited)])
+        told = world.sum(shares).tolist()
+        means = dict(zip(sums, told, strict=False))
+        rate = run.optim.rate(progress.step, run.steps)
+        norm = float(engine.step(rate, limit=safe.guard.limit(means["loss/total"])))
     seconds = time.perf_counter() - began
+    safe.guard.judge(
+        progress.step,
+        loss=means["loss/total"],
+        norm=norm,
+        updated=engine.updates > updates,
+        batches=prepared.batches,
+        rows=rows,
+    )
     return (
-        dict(zip(sums, means, strict=True))
+        means
         | norms
         | prepared.epochs
         | meter.speed(prepared.batches, prepared.draws, seconds)
+        | safe.guard.figures()
+        | safe.pace.figures(told[len(sums) :], seconds=seconds - waited)
         | {
-            "norm/grad": float(norm),
+            "norm/grad": norm,
             "lr": rate,
             "data/skipped": feed.skipped,
             "time/data": waited,
@@ -150,6 +188,23 @@ def learn(
             "memory/peak_gib": world.peak_memory() / 2**30,
         }
     )
+
+
+def go_back(saves: Checkpoints, progress: Progress, safe: Safeguards, log: Log) -> None:
+    """Return to the newest checkpoint from before the skipped steps, and pass their data over.
+
+    Raises:
+        UserError: there is none, or the run went back too often.
+    """
+    record, ahead, guard = replace(progress.faults), progress.position, safe.guard
+    began = progress.step - record.in_row
+    if not guard.may_go_back:
+        raise guard.given_up(progress.step, f"the run has gone back {record.rollbacks} times")
+    if not saves.resume(up_to=began):
+        raise guard.given_up(progress.step, f"there is no whole checkpoint up to step {began}")
+    progress.faults.went_back(record, passed=ahead - progress.step)
+    guard.note(progress.step, f"went back here after {record.in_row} skipped steps")
+    log.rewind(progress.step)
 
 
 def norms_by_term(run: Run, engine: Sharded, prepared: Prepared, world: World) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from twinflow_train.engines.zero3 import ZeRO3
 from twinflow_train.errors import UserError
 from twinflow_train.evals.health import Health
 from twinflow_train.evals.suite import Digits, Evals, NoEvals
+from twinflow_train.faults import Faults
 from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
 from twinflow_train.models.adapter import Adapter, NoAdapter
 from twinflow_train.models.base import Model
@@ -41,9 +42,11 @@ from twinflow_train.models.weights import Weights
 from twinflow_train.models.z_image import Convention, ZImage
 from twinflow_train.objectives import presets
 from twinflow_train.objectives.twinflow import TwinFlow
+from twinflow_train.plain import plain
 from twinflow_train.planner import cost, gpus, rows_by_pass
 from twinflow_train.planner.flops import Work, work
 from twinflow_train.planner.speed import Meter
+from twinflow_train.profiler import Profile
 from twinflow_train.scrub import scrub
 
 INTERRUPTED = 75
@@ -75,7 +78,8 @@ class Run:
     keep; keep_every: those at multiples of so many steps stay for ever, 0 is none. init_from: what
     to start from: a diffusers folder, the export of a run, or REPOSITORY or REPOSITORY@REVISION of
     the Hugging Face hub; null starts from random weights.
-    adapter: what of the model is trained. average: how averaged networks are held.
+    adapter: what of the model is trained. average: how averaged networks are held. faults: what the
+    run puts up with. profile: which steps are traced.
     """
 
     name: str = "run"
@@ -99,6 +103,8 @@ class Run:
     engine: Engine = MISSING
     optim: Optim = MISSING
     average: Averages = field(default_factory=Averages)
+    faults: Faults = field(default_factory=Faults)
+    profile: Profile = field(default_factory=Profile)
     data: Shards = MISSING
     evals: Evals = MISSING
     tracking: Tracking = MISSING
@@ -135,6 +141,7 @@ class Run:
                 "average.offload does not work with adapter=lora, whose averages are small and "
                 "part of the network in use: leave it false"
             )
+        self.profile.check(self.steps)
         self.objective.shares.counts(self.batch)
 
     def yaml(self) -> str:
@@ -297,7 +304,7 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """Return the whole configuration as plain values."""
-        return _plain(self)
+        return plain(self)
 
     def identity(self) -> dict[str, Any]:
         """Return what defines the run: a checkpoint with another identity is not continued."""
@@ -316,8 +323,8 @@ class Run:
     def defaults(self) -> dict[str, Any]:
         """Return the identity's values where nobody chose any, and before they could be chosen."""
         parts = {"model": self.model, "objective": self.objective, "average": self.average}
-        older = _plain(type(self.adapter)()) | _plain(NoAdapter())
-        return {name: _plain(type(part)()) for name, part in parts.items()} | {"adapter": older}
+        older = plain(type(self.adapter)()) | plain(NoAdapter())
+        return {name: plain(type(part)()) for name, part in parts.items()} | {"adapter": older}
 
 
 GROUPS: Mapping[str, Mapping[str, Any]] = {
@@ -384,14 +391,3 @@ def register() -> None:
     for group, options in GROUPS.items():
         for name, node in options.items():
             store.store(group=group, name=name, node=node)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.name
-    if is_dataclass(value):
-        named = {f.name: _plain(vars(value)[f.name]) for f in fields(value)}
-        return {"_type": type(value).__name__, **named}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,11 +58,14 @@ def take(world: World, job: Job) -> Seen:
         data = job.data()
         deal = Deal(batch=job.batch, micro_batch=1, ranks=world.size, rank=world.rank)
         stream = data.stream(seed=3, batch=job.batch)
-        batches = data.batches(stream, rows=deal.rows(), groups=[job.batch], step=job.first)
-        with closing(prefetch(map(Step, batches), data.prefetch)) as steps:
-            feed = Feed(steps=steps, world=world, budget=data.skip_budget)
-            for _ in range(job.steps):
-                step = feed.take()
+
+        def steps(first: int) -> Generator[Step]:
+            batches = data.batches(stream, rows=deal.rows(), groups=[job.batch], step=first)
+            return prefetch(map(Step, batches), data.prefetch)
+
+        with Feed(steps=steps, world=world, budget=data.skip_budget) as feed:
+            for number in range(job.first, job.first + job.steps):
+                step = feed.take(number)
                 seen.keys.append([key for batch in step.batches for key in batch.keys])
                 seen.skipped.append(feed.skipped)
     except UserError as error:

@@ -16,6 +16,7 @@ from typing import Any
 
 from twinflow_train.checkpoint.ranges import DamageError, Piece, RangeFile
 from twinflow_train.errors import UserError, listed
+from twinflow_train.faults import Record
 from twinflow_train.place import Place
 
 VERSION = 1
@@ -33,7 +34,7 @@ class Index:
 
     folder: Place
     version: int
-    progress: Mapping[str, int]
+    progress: Mapping[str, Any]
     updates: int
     run: Mapping[str, Any]
     files: Mapping[str, str]
@@ -66,7 +67,11 @@ class Index:
         index = Index(
             folder=folder,
             version=found["version"],
-            progress={key: int(found["progress"][key]) for key in ("step", "samples")},
+            progress={
+                **{key: int(found["progress"][key]) for key in ("step", "samples")},
+                # Programs before there were any did not write them.
+                "faults": vars(Record.of(found["progress"].get("faults", {}))),
+            },
             updates=int(found["updates"]),
             run=dict(found["run"]),
             files=dict(found["files"]),
@@ -127,7 +132,7 @@ def seal(folder: Place, index: Mapping[str, Any]) -> None:
 def build(
     reports: Sequence[Mapping[str, Any]],
     *,
-    progress: Mapping[str, int],
+    progress: Mapping[str, Any],
     updates: int,
     run: Mapping[str, Any],
 ) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from twinflow_train.checkpoint.saving import PARTIAL, Keep, Save, step_of
 from twinflow_train.dist import World
 from twinflow_train.engines.base import Span
 from twinflow_train.errors import UserError
+from twinflow_train.faults import Record
 from twinflow_train.place import Place, cause, readable
 
 log = logging.getLogger(__name__)
@@ -32,10 +33,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a run is: all the state that is not in the engine."""
+    """How far a run is: all the state that is not in the engine.
+
+    faults: what it remembers of them, so that it acts on them alike wherever it was interrupted.
+    """
 
     step: int = 0
     samples: int = 0
+    faults: Record = field(default_factory=Record)
+
+    @property
+    def position(self) -> int:
+        """The number of the step's data and randomness: rollbacks pass some over."""
+        return self.step + self.faults.passed
 
     def every(self, steps: int) -> bool:
         """Tell whether something that happens every `steps` steps is due; 0 is never."""
@@ -45,6 +55,11 @@ class Progress:
         """Count one optimizer step of `samples` samples."""
         self.step += 1
         self.samples += samples
+
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        """Be what `asdict` made of a progress."""
+        self.step, self.samples = stored["step"], stored["samples"]
+        vars(self.faults).update(vars(Record.of(stored["faults"])))
 
 
 class State(Protocol):
@@ -165,22 +180,25 @@ class Checkpoints:
             self._finish()
         return dict(self._figures)
 
-    def resume(self, *, must: bool = False) -> bool:
+    def resume(self, *, must: bool = False, up_to: int | None = None) -> bool:
         """Fill the engine and the progress from the newest whole checkpoint. Collective.
 
-        Returns whether there was one.
+        up_to: the greatest step that it may be of. Returns whether there was one.
 
         Raises:
             UserError: none and `must`; or one of a run that is defined otherwise; or one that
                 cannot be read.
         """
+        self._finish()
         for name in self._newest_first():
+            if up_to is not None and (step_of(name) or 0) > up_to:
+                continue
             index = self._whole(self._top / name)
             if index is None:
                 continue
             self._fill(index)
             self.engine.restored(index.updates)
-            self.progress.__dict__.update(index.progress)
+            self.progress.restore(index.progress)
             self._last = self.progress.step
             return True
         if must:

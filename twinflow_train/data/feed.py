@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 
@@ -30,25 +32,43 @@ T = TypeVar("T", bound=Taken)
 class Feed(Generic[T]):
     """Steps, taken by all ranks alike: an error of one rank's data is raised on every rank.
 
-    budget: samples over all ranks that may be skipped.
+    steps: gives all steps from one on. budget: samples over all ranks that may be skipped.
+    waited: seconds for which this rank's own data of the last step were not there yet.
     """
 
-    steps: Iterator[T]
+    steps: Callable[[int], Generator[T]]
     world: World
     budget: int
     skipped: int = 0
+    waited: float = 0.0
+    _running: Generator[T] | None = field(default=None, init=False)
+    _next: int = field(default=0, init=False)
 
-    def take(self) -> T:
-        """Return the next step; collective.
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._running is not None:
+            self._running.close()
+
+    def take(self, number: int) -> T:
+        """Return a step; one that does not follow the last is begun at anew. Collective.
 
         Raises:
             UserError: some rank's data cannot be used, or too many samples were skipped.
         """
         problem, step = "", None
+        began = time.perf_counter()
         try:
-            step = next(self.steps)
+            step = next(self._from(number))
         except UserError as error:
             problem = str(error)
+        self.waited, self._next = time.perf_counter() - began, number + 1
         mine = sum(batch.skipped for batch in step.batches) if step else 0
         told = torch.tensor([float(bool(problem)), float(mine)], device=self.world.device)
         failed, skipped = self.world.sum(told).tolist()
@@ -62,3 +82,11 @@ class Feed(Generic[T]):
             )
         assert step is not None, "no rank failed"
         return step
+
+    def _from(self, number: int) -> Generator[T]:
+        """Return what yields a step next."""
+        if self._running is None or number != self._next:
+            if self._running is not None:
+                self._running.close()
+            self._running = self.steps(number)
+        return self._running

@@ -35,10 +35,12 @@ class Loss:
     """A micro-batch's share of loss and metrics: sums over micro-steps and ranks are means.
 
     terms: what the loss is the sum of, by name: "base", "fake" and "rectify", those that count.
+    rows: each row's distances, to tell which samples are strange.
     """
 
     terms: dict[str, Float[Tensor, ""]]
     metrics: dict[str, Tensor]
+    rows: Float[Tensor, " b"]
 
     @property
     def total(self) -> Float[Tensor, ""]:
@@ -251,7 +253,8 @@ class TwinFlow:
         if self.rectify_weight:
             terms["rectify"] = self.rectify_weight * rectified.sum() / draws.counts["generator"]
             metrics |= _rectification_metrics(draws, rectified, F_real, F_fake)
-        loss = Loss(terms=terms, metrics=metrics)
+        rows = base.detach().index_add(0, draws.rectify, rectified.detach())
+        loss = Loss(terms=terms, metrics=metrics, rows=rows)
         loss.metrics["loss/total"] = loss.total.detach()
         return loss
 
