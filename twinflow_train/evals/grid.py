@@ -55,22 +55,22 @@ def draw(columns: Sequence[Column], *, prompts: Sequence[str]) -> Image.Image:
         left = margin + place * across
         pen.multiline_text((left, GAP // 2), column.heading, INK, font=font)
         for row, image in enumerate(column.images):
-            enlarged = _picture(image).resize(tile, Image.Resampling.NEAREST)
+            enlarged = picture(image).resize(tile, Image.Resampling.NEAREST)
             canvas.paste(enlarged, (left, top + row * down))
     return canvas
 
 
-def save(picture: Image.Image, path: Path) -> None:
-    """Write a picture as PNG, whole or not at all."""
-    with whole_file(path) as unfinished:
-        picture.save(unfinished, format="PNG", optimize=True)
-
-
-def _picture(image: Float[Tensor, "channels height width"]) -> Image.Image:
-    """Turn an image in [-1, 1] into 8-bit RGB."""
+def picture(image: Float[Tensor, "channels height width"]) -> Image.Image:
+    """Turn an image in [-1, 1], of 1 or 3 channels, into 8-bit RGB."""
     levels = (image.float().nan_to_num(0.0, posinf=1.0, neginf=-1.0).clamp(-1, 1) + 1) * 127.5
     pixels = levels.round().to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0).contiguous().cpu()
     return Image.fromarray(pixels.numpy())
+
+
+def save(drawn: Image.Image, path: Path) -> None:
+    """Write a picture as PNG, whole or not at all."""
+    with whole_file(path) as unfinished:
+        drawn.save(unfinished, format="PNG", optimize=True)
 
 
 def _width(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:

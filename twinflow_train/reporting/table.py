@@ -23,10 +23,22 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("style", "style", _short),
     ("guidance", "guidance", _short),
     ("s", "stochasticity", _short),
+    ("GenEval", "geneval", _number(3)),
+    ("DPG", "dpg", _number(1)),
     ("accuracy", "accuracy", _number(3)),
     ("Frechet", "frechet", _number(2)),
+    ("KID", "kernel", _number(4)),
+    ("+-", "kernel_error", _number(4)),
+    ("precision", "precision", _number(3)),
+    ("recall", "recall", _number(3)),
+    ("density", "density", _number(3)),
+    ("coverage", "coverage", _number(3)),
+    ("CLIP", "clip_score", _number(2)),
     ("diversity", "diversity", _number(2)),
+    ("over seeds", "seed_diversity", _number(3)),
     ("s/image", "seconds_per_image", _number(4)),
+    ("latency", "latency", _number(4)),
+    ("images/s", "images_per_second", _number(2)),
 )
 """Heading, key of the row, and how a value is written."""
 

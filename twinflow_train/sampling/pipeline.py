@@ -107,13 +107,15 @@ class TwinFlowPipeline:
         num_images_per_prompt: int = 1,
         pictures: Sequence[Image.Image | Path | str] = (),
         batch: int = 4,
+        first: int = 0,
     ) -> Drawn:
         """Draw pictures; each is a function of (seed, its number) and not of `batch`.
 
         num_inference_steps, style: choose among the published settings; those that travel with the
         weights where both are left out. sampler: all settings, instead of both. height, width: in
         pixels; the size that the model was made for. pictures: to edit, or files of them, with a
-        model for editing. batch: pictures in one network call.
+        model for editing. batch: pictures in one network call. first: number of the first picture,
+        where a larger set is drawn in parts.
 
         Raises:
             UserError: a size, a style or a prompt that the model cannot take.
@@ -129,11 +131,12 @@ class TwinFlowPipeline:
         null = self.embed([self.codec.null_prompt], references) if how.guidance != 1 else None
         numbers = range(len(texts) * num_images_per_prompt)
         latents, seconds = [], 0.0
-        for first in range(0, len(numbers), batch):
-            part = numbers[first : first + batch]
+        for start in range(0, len(numbers), batch):
+            part = numbers[start : start + batch]
             rows = torch.tensor([number // num_images_per_prompt for number in part])
             began = self._now()
-            found = self._sample(part, cond[rows.to(self.device)], null, how, shape, seed=seed)
+            named = [first + number for number in part]
+            found = self._sample(named, cond[rows.to(self.device)], null, how, shape, seed=seed)
             seconds += self._now() - began
             latents += list(found)
         drawn = torch.cat(list(self._decoded(latents)))
