@@ -92,9 +92,11 @@ def _opened(folder: str, device: torch.device, dtype: torch.dtype | None) -> Any
     usual = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, torch_dtype=dtype or usual, use_safetensors=True
+            folder, local_files_only=True, dtype=dtype or usual, use_safetensors=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError, AttributeError) as error:
+    except (
+        OSError, ValueError, LookupError, RuntimeError, SafetensorError, AttributeError,
+    ) as error:  # fmt: skip
         raise UserError(
             f"baseline.pipeline: {folder} cannot be loaded ({' '.join(str(error).split())})"
         ) from error
