@@ -145,3 +145,31 @@ def test_sets_without_a_share_are_what_they_were(tmp_path: Path, tiny: Path) -> 
     assert "heldout" not in before.identity("r", device=CPU)
     assert [part.settings for part in parts(before)] == [before]
     assert Stored(ratios=[4 / 3]).of_one_size().sizes_for(16) == ((1024, 1024),)
+
+
+def test_a_share_is_neither_added_to_a_folder_nor_dropped_from_it(
+    tmp_path: Path, tiny: Path, pictures: Path
+) -> None:
+    """Or a sample of one set would also be in the other."""
+    whole, parted = (
+        split(tmp_path / name, tiny, pictures, heldout=share)
+        for name, share in (("whole", 0.0), ("parted", 0.25))
+    )
+    run(whole, 1, 3)
+    with pytest.raises(UserError, match=r"heldout is 0\.25, and .*/whole holds a set of all items"):
+        run(replace(whole, heldout=0.25))
+    run(parted, 1, 3)
+    with pytest.raises(UserError, match=r"heldout is 0, and .*/parted/train holds a part of"):
+        run(replace(parted, heldout=0.0))
+    for folder in ("whole", "parted/train", "parted/heldout"):
+        (tmp_path / folder / "prepare" / "settings.json").unlink()
+    assert [outcome.left for outcome in run(whole)] == [0]
+    assert [outcome.left for outcome in run(parted)] == [0, 0]
+
+
+def test_a_share_that_holds_nothing_can_be_corrected(
+    tmp_path: Path, tiny: Path, pictures: Path
+) -> None:
+    with pytest.raises(UserError, match=r"nothing to prepare for .*/heldout"):
+        run(split(tmp_path, tiny, pictures, heldout=1e-9))
+    assert [outcome.left for outcome in run(split(tmp_path, tiny, pictures))] == [0, 0]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from twinflow_train.encoding.settings import Preparation
+from twinflow_train.data.manifest import NAME
+from twinflow_train.encoding.plan import PLAN
+from twinflow_train.encoding.settings import KEEPING, SETTINGS, Preparation
 from twinflow_train.encoding.sources import Item
+from twinflow_train.errors import UserError
 from twinflow_train.rng import digest
 
 TRAIN, HELDOUT = "train", "heldout"
@@ -33,8 +37,13 @@ def parts(settings: Preparation) -> list[Part]:
 
     An item is held out by a hash of its name alone, so it is in every set made of its source. The
     held-out set has one size, since evaluations compare images of one size.
+
+    Raises:
+        UserError: the folder holds sets that were begun with a held-out one, and now there is to be
+            none, or the other way round: items would be in both.
     """
     share = settings.heldout
+    _refuse_leaks(settings)
     if not share:
         return [Part(settings=settings, wanted=everything)]
 
@@ -49,3 +58,26 @@ def parts(settings: Preparation) -> list[Part]:
         Part(settings=heldout, wanted=held_out),
         Part(settings=train, wanted=lambda item: not held_out(item)),
     ]
+
+
+def _refuse_leaks(settings: Preparation) -> None:
+    """Refuse a set of everything beside one of what was held out of it: UserError."""
+    folder = Path(settings.folder)
+    if settings.heldout and _begun(folder):
+        raise UserError(
+            f"heldout is {settings.heldout}, and {folder} holds a set of all items, those that "
+            "would be held out too: choose another folder=, or leave heldout out"
+        )
+    split = [folder / name for name in (TRAIN, HELDOUT) if _begun(folder / name)]
+    if split and not settings.heldout:
+        raise UserError(
+            f"heldout is 0, and {split[0]} holds a part of the items, split off by heldout: give "
+            "the same heldout again, or choose another folder="
+        )
+
+
+def _begun(folder: Path) -> bool:
+    """Tell whether a folder holds a set, whole or not."""
+    return any(
+        (folder / name).exists() for name in (NAME, f"{KEEPING}/{SETTINGS}", f"{KEEPING}/{PLAN}")
+    )
