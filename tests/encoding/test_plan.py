@@ -45,7 +45,8 @@ def planned(folder: Path, reader: Reader, *, per_shard: int = 3, loaders: int = 
     folder.mkdir(parents=True, exist_ok=True)
     make_plan(
         folder, reader, Stored(side=64, ratios=[1.0, 1.5]),
-        wanted=everything, multiple=16, samples_per_shard=per_shard, loaders=loaders, show=False,
+        wanted=everything, agree=lambda: None, multiple=16, samples_per_shard=per_shard,
+        loaders=loaders, show=False,
     )  # fmt: skip
     return Plan.read(folder)
 
@@ -115,8 +116,11 @@ def test_nothing_to_prepare_is_an_error_and_no_plan(tmp_path: Path) -> None:
 
 def test_chosen_sizes_are_taken_in_turn_and_have_to_fit(tmp_path: Path) -> None:
     images = NoImages(sizes=[[64, 64], [32, 96], [64, 64]])
-    make_plan(tmp_path, Listed([(0, 0)] * 7), images, wanted=everything, multiple=16,
-              samples_per_shard=9, loaders=2, show=False)  # fmt: skip
+    make_plan(
+        tmp_path, Listed([(0, 0)] * 7), images,
+        wanted=everything, agree=lambda: None, multiple=16, samples_per_shard=9, loaders=2,
+        show=False,
+    )  # fmt: skip
     plan = Plan.read(tmp_path)
     tasks = [plan.task(number) for number in range(len(plan))]
     assert {task.size: [item.number for item in task.items] for task in tasks} == {

@@ -5,15 +5,27 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from twinflow_train.data.manifest import NULL, About, Manifest
+from twinflow_train.data.manifest import NAME, NULL, About, Manifest
 from twinflow_train.encoding.plan import LEFT_OUT, Skipped, read_lines
 from twinflow_train.encoding.records import Record
 from twinflow_train.encoding.settings import Preparation
 from twinflow_train.errors import UserError
 from twinflow_train.files import sha256, whole_file
 from twinflow_train.models.codec import PipelineFolder
+from twinflow_train.place import Place
 
 SKIPPED = "skipped.jsonl"
+
+
+def has_null(folder: Path) -> bool:
+    """Tell whether the null prompt is there and, if there is a manifest, as that says."""
+    if not (folder / NULL).exists():
+        return False
+    try:
+        said = Manifest.parse((folder / NAME).read_bytes(), Place.of(folder) / NAME).null_sha256
+    except (FileNotFoundError, UserError):  # there is none that could be believed
+        return True
+    return sha256(folder / NULL) == said
 
 
 def assemble(

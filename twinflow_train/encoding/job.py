@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,11 +14,11 @@ from tqdm import tqdm
 from twinflow_train.data.manifest import NULL, Manifest
 from twinflow_train.data.shards import ShardSet
 from twinflow_train.data.writing import write_null
-from twinflow_train.encoding.assembling import assemble
+from twinflow_train.encoding.assembling import assemble, has_null
 from twinflow_train.encoding.making import Maker
 from twinflow_train.encoding.plan import PLAN, Plan, Skipped, make_plan
-from twinflow_train.encoding.records import Made, Record, alone, publish
-from twinflow_train.encoding.settings import Preparation, settle
+from twinflow_train.encoding.records import Made, alone, finished, publish
+from twinflow_train.encoding.settings import SETTINGS, Preparation, settle
 from twinflow_train.encoding.sources import Reader
 from twinflow_train.encoding.splitting import Wanted, parts
 from twinflow_train.encoding.verifying import Verified, verify
@@ -89,25 +89,36 @@ class Job:
             keeping.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"folder: {keeping} cannot be made ({error.strerror})") from error
-        settle(keeping, settings.identity(self.tools.encoders.revision, device=self.worker.device))
-        if not (keeping / PLAN).exists():
-            self._plan()
+        self._agree_on_a_plan()
         plan = Plan.read(keeping)
-        mine = [n for n in self.worker.share(len(plan)) if not Record.path(keeping, n).exists()]
+        mine = [n for n in self.worker.share(len(plan)) if not finished(settings, n)]
         outcome = self._make(plan, mine)
-        outcome.left = sum(not Record.path(keeping, n).exists() for n in range(len(plan)))
+        outcome.left = sum(not finished(settings, n) for n in range(len(plan)))
         if not outcome.left:
+            self._write_null(plan)
             outcome.manifest, outcome.skipped = assemble(settings, self.tools.encoders, len(plan))
             if settings.verify and (mine or not self.worker.number):
                 outcome.verified = self._verify(plan)
         return outcome
 
-    def _plan(self) -> None:
+    def _agree_on_a_plan(self) -> None:
+        """Make the plan, or find that it was begun with these settings; UserError if it was not."""
+        keeping = self.settings.keeping
+        identity = self.settings.identity(self.tools.encoders.revision, device=self.worker.device)
+        agree = partial(settle, keeping, identity)
+        # What fails before there is a plan does not bind the folder to its settings.
+        if (keeping / SETTINGS).exists() or (keeping / PLAN).exists():
+            agree()
+        if not (keeping / PLAN).exists():
+            self._plan(agree)
+
+    def _plan(self, agree: Callable[[], None]) -> None:
         make_plan(
             self.settings.keeping,
             self.tools.reader,
             self.settings.images,
             wanted=self.wanted,
+            agree=agree,
             multiple=self.tools.codec.multiple,
             samples_per_shard=self.settings.samples_per_shard,
             loaders=self.settings.loaders,
@@ -148,7 +159,7 @@ class Job:
     def _made(self, maker: Maker, plan: Plan, mine: Sequence[int]) -> Iterator[Made]:
         """Make shards, but for those that another worker has put on record since."""
         for number in mine:
-            if not Record.path(self.settings.keeping, number).exists():
+            if not finished(self.settings, number):
                 yield maker.make(plan.task(number))
 
     def _published(self, made: Iterator[Made]) -> list[int]:
@@ -163,12 +174,12 @@ class Job:
         return [samples for each in written if (samples := each.result()) is not None]
 
     def _write_null(self, plan: Plan) -> None:
-        """Write the null prompt's embedding, if no other worker has."""
+        """Write the null prompt's embedding, if no other worker has, and if it is damaged."""
         folder = Path(self.settings.folder)
-        if not (folder / NULL).exists():
+        if not has_null(folder):
             null = self.tools.codec.embed([self.tools.codec.null_prompt], at_once=1)[0]
             with alone(self.settings.keeping, len(plan), writing=folder / NULL):
-                if not (folder / NULL).exists():
+                if not has_null(folder):
                     write_null(folder, null.to("cpu", self.settings.texts.dtype))
 
     def _verify(self, plan: Plan) -> Verified:

@@ -74,9 +74,16 @@ class Plan:
         """Read one shard's task; safe to call from several threads."""
         with self.path.open("rb") as file:
             file.seek(self._starts[number])
-            said = json.loads(file.readline())
-        items = (Item(number=each[0], where=tuple(each[1:])) for each in said["items"])
-        return Task(number=number, size=Size(*said["size"]), items=tuple(items))
+            line = file.readline()
+        try:
+            said = json.loads(line)
+            items = (Item(number=each[0], where=tuple(each[1:])) for each in said["items"])
+            return Task(number=number, size=Size(*said["size"]), items=tuple(items))
+        except (ValueError, TypeError, LookupError) as error:
+            raise UserError(
+                f"{self.path} is damaged in line {number + 1} ({error!r}); prepare into another "
+                "folder="
+            ) from error
 
 
 def make_plan(
@@ -85,6 +92,7 @@ def make_plan(
     images: Images,
     *,
     wanted: Callable[[Item], bool],
+    agree: Callable[[], None],
     multiple: int,
     samples_per_shard: int,
     loaders: int,
@@ -93,7 +101,7 @@ def make_plan(
     """Choose each item's size, from the headers of pictures, and deal items of one size to shards.
 
     Two workers that plan at once write the same. wanted: tells of an item whether it belongs into
-    the set. show: a progress bar.
+    the set. agree: is called when there is a plan, before it takes its place. show: a progress bar.
 
     Raises:
         UserError: the source has nothing that is wanted, or nothing of it can be used.
@@ -124,6 +132,7 @@ def make_plan(
                 f"{len(left_out)} items were found and left out{first}"
             )
         write_lines(keeping / LEFT_OUT, left_out)
+        agree()
 
 
 def _kept(
@@ -171,6 +180,12 @@ def write_lines(path: Path, skipped: Sequence[Skipped]) -> None:
 
 
 def read_lines(path: Path) -> list[Skipped]:
-    """Read what `write_lines` wrote."""
-    with path.open() as file:
-        return [Skipped(number=n, name=name, reason=r) for n, name, r in map(json.loads, file)]
+    """Read what `write_lines` wrote; UserError if it is not there, or damaged."""
+    try:
+        with path.open() as file:
+            return [Skipped(number=n, name=name, reason=r) for n, name, r in map(json.loads, file)]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}, the list of what the plan left out, cannot be read ({error}); bring it back, "
+            "or leave an empty file of that name in its place"
+        ) from error

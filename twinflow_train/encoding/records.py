@@ -48,10 +48,29 @@ class Record:
             skipped=tuple(Skipped(**each) for each in said["skipped"]),
         )
 
+    def whole(self, folder: Path) -> bool:
+        """Tell whether its shard's files are there, the tar as large as it was."""
+        if self.shard is None:
+            return True
+        tar = folder / self.shard.file
+        sized = tar.is_file() and tar.stat().st_size == self.shard.bytes
+        return sized and (folder / self.shard.index).is_file()
+
     def write(self, keeping: Path, number: int) -> None:
         """Write it: the shard is finished."""
         with whole_file(Record.path(keeping, number)) as unfinished:
             unfinished.write_text(json.dumps(asdict(self)) + "\n")
+
+
+def finished(settings: Preparation, number: int) -> bool:
+    """Tell whether a task's shard needs no more work: its record can be read, its files are there.
+
+    A shard whose files or record somebody damaged is made again.
+    """
+    try:
+        return Record.read(settings.keeping, number).whole(Path(settings.folder))
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +95,7 @@ def publish(made: Made, settings: Preparation) -> int | None:
     keeping, number = settings.keeping, made.task.number
     path = Path(settings.folder) / f"{made.task.stem}.tar"
     with alone(keeping, number, writing=path):
-        if Record.path(keeping, number).exists():
+        if finished(settings, number):
             return None
         shard = None
         if made.samples:

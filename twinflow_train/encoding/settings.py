@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,6 +117,7 @@ class Preparation:
         plain["images"].pop("init_from", None)
         plain["images"]["weights"] = self.images.weights()
         plain["encoders"] = {"revision": revision, "device": device.type}
+        plain["source"]["path"] = os.path.abspath(self.source.path)
         for key in ("source", "images"):
             plain[key]["_type"] = type(self.__dict__[key]).__name__
         return dict(_flat(plain | {"format": VERSION}))
@@ -130,6 +132,12 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix.rstrip(".") if key == "_type" else f"{prefix}{key}", value
 
 
+def _one_place(key: str, *settings: Mapping[str, Any]) -> bool:
+    """Tell whether a key names the same place in all settings, in whatever words."""
+    places = [said.get(key) for said in settings if key == "source.path"]
+    return len({os.path.realpath(path) for path in places if isinstance(path, str)}) == 1
+
+
 def settle(keeping: Path, identity: dict[str, Any]) -> None:
     """Write down what defines the set, or compare it with what was written when it was begun.
 
@@ -142,10 +150,14 @@ def settle(keeping: Path, identity: dict[str, Any]) -> None:
             unfinished.write_text(json.dumps(identity, indent=1) + "\n")
         return
     try:
-        before: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
+        before = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); prepare into another folder=") from error
-    changed = [key for key in (before | identity) if before.get(key) != identity.get(key)]
+    changed = [
+        key
+        for key in (before | identity)
+        if before.get(key) != identity.get(key) and not _one_place(key, before, identity)
+    ]
     if changed:
         said = "; ".join(f"{key} was {before.get(key)}, now {identity.get(key)}" for key in changed)
         raise UserError(
