@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Generic, Protocol, Self, TypeVar, runtime_checkable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 
@@ -44,7 +44,7 @@ class Feed(Generic[T]):
     _running: Generator[T] | None = field(default=None, init=False)
     _next: int = field(default=0, init=False)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Feed[T]:
         return self
 
     def __exit__(
