@@ -52,8 +52,10 @@ class _Axis:
     def ticks(self) -> list[float]:
         """Return some round values."""
         if self.log:
-            doubled = [2.0**k for k in range(-20, 21)]
-            found = [value for value in doubled if self.low <= value <= self.high]
+            doubled = [2.0**k for k in range(21)]
+            decades = [d * 10.0**k for k in range(-6, 6) for d in (1, 2, 5)]
+            known = doubled if self.low > 0.5 else decades
+            found = [value for value in known if self.low <= value <= self.high]
             return found[:: max(1, -(-len(found) // 7))]
         unit = 10 ** math.floor(math.log10(self.high - self.low))
         step = next(s * unit for s in (0.2, 0.5, 1, 2) if (self.high - self.low) / (s * unit) <= 7)
