@@ -7,36 +7,46 @@ usage() {
 Usage: launch/torchrun.sh [OPTIONS] [OVERRIDES...]
 
 Starts python -m twinflow_train.train with one process a GPU. The first word that is not an option
-below, and all after it, go to the trainer unchanged (`--` ends the options explicitly).
+below, and all after it, go to the trainer unchanged (`--` ends the options explicitly). Run it from
+the repository's top.
 
   --gpus N          processes on this node (default: its GPUs, or 1 where there are none)
   --nodes N         nodes of the job (default: 1); run the same command on every node
+  --nodes MIN:MAX   go on with fewer nodes when some are lost, and with more when they come back,
+                    if the ranks that there are divide the batch
   --head HOST:PORT  where the nodes meet: any one of them and a free port (needed for 2 or more)
   --id TEXT         name of the meeting, the same on all nodes (default: twinflow)
-  --entry NAME      another module of twinflow_train to start (default: train)
+  --restarts N      how often a crash starts all ranks anew, from the last checkpoint (default: 3)
+  --preflight WHEN  on: compare the nodes before the start; off (default: on for 2 nodes or more)
+  --entry NAME      another module to start, of twinflow_train unless it has a dot (default: train)
   --dry-run         print the command and do not start it
   --help            show this text
 
   PYTHON            interpreter (default: .venv/bin/python here, else python3)
+  launch/env.sh     all other settings of the environment
+
+SIGTERM, SIGUSR1 and Ctrl-C ask the trainer to save and stop; a second Ctrl-C ends it at once.
+Exit codes: 0 done, 75 stopped and saved (start again to continue), 2 refused, else a failure.
 
 One node with 8 GPUs:   launch/torchrun.sh experiment=digits_twinflow micro_batch=8
 Two nodes, on each:     launch/torchrun.sh --nodes 2 --head node1:29500 experiment=digits_twinflow micro_batch=4
 TEXT
 }
 
-fail() {
-    echo "torchrun.sh: $*" >&2
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    usage
+    exit
+fi
+if [[ ! -f launch/lib.sh ]]; then
+    echo "torchrun.sh: no launch/ in $PWD: run it from the repository's top" >&2
     exit 2
-}
+fi
+source launch/lib.sh
 
-count() { # count OPTION VALUE: refuse a value that is no count
-    [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 must be a number of at least 1, got '$2'"
-}
-
-gpus='' nodes=1 head='' id=twinflow entry=train dry=false
+gpus='' nodes=1 head='' id=twinflow restarts=3 preflight='' entry=train dry=false
 while (($#)); do
     case $1 in
-        --gpus | --nodes | --head | --id | --entry)
+        --gpus | --nodes | --head | --id | --restarts | --preflight | --entry)
             (($# > 1)) || fail "$1 needs a value"
             declare "${1#--}=$2"
             shift 2
@@ -58,33 +68,96 @@ while (($#)); do
 done
 
 [[ -z $gpus ]] || count --gpus "$gpus"
-count --nodes "$nodes"
-if [[ -z ${PYTHON:-} ]]; then
-    PYTHON=python3
-    [[ ! -x .venv/bin/python ]] || PYTHON=.venv/bin/python
-fi
-if [[ -z $gpus ]]; then
-    if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
-        gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
-    else
-        gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | grep -c '^GPU' || true)
-    fi
-    ((gpus > 0)) || gpus=1
-fi
-
-# Asked to stop, the trainer saves: torchrun's 30 seconds are too few for a large network.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
+[[ $nodes != *:*:* ]] || fail "--nodes must be N or MIN:MAX, got '$nodes'"
+for number in ${nodes/:/ }; do count --nodes "$number"; done
+most=${nodes#*:}
+((${nodes%:*} <= most)) || fail "--nodes MIN:MAX needs MIN <= MAX, got '$nodes'"
+[[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts must be a number, got '$restarts'"
+((most == 1)) || : "${preflight:=on}"
+: "${preflight:=off}"
+[[ $preflight == on || $preflight == off ]] || fail "--preflight must be on or off, got '$preflight'"
+PYTHON=$(interpreter)
+command -v "$PYTHON" >/dev/null || fail "no interpreter $PYTHON: run 'make install', or set PYTHON"
+[[ -n $gpus ]] || gpus=$(visible_gpus)
+((gpus > 0)) || gpus=1
+source launch/env.sh
 
 meeting=(--standalone)
-if ((nodes > 1)); then
+if ((most > 1)); then
     [[ $head =~ ^[^:]+:[0-9]+$ ]] || fail "--nodes $nodes needs --head HOST:PORT, got '$head'"
-    meeting=(--nnodes="$nodes" --rdzv-backend=c10d --rdzv-endpoint="$head" --rdzv-id="$id")
+    meeting=(
+        --nnodes="$nodes" --rdzv-backend=c10d --rdzv-endpoint="$head" --rdzv-id="$id"
+        --rdzv-conf="$RDZV_CONF"
+    )
 fi
-
+[[ $entry == *.* ]] || entry=twinflow_train.$entry
 command=(
     "$PYTHON" -m torch.distributed.run "${meeting[@]}" --nproc-per-node="$gpus"
-    -m "twinflow_train.$entry" "$@"
+    --max-restarts="$restarts" --no-python launch/worker.sh "$PYTHON" -m "$entry" "$@"
 )
-printf '%q ' "${command[@]}"
-echo
-$dry || exec "${command[@]}"
+if $dry; then
+    show "${command[@]}"
+    exit
+fi
+if [[ $preflight == on ]]; then
+    # On the next port: nobody meets those who have not left the last meeting yet.
+    launch/preflight.sh --gpus "$gpus" --nodes "$most" --head "${head%:*}:$((${head##*:} + 1))" \
+        --id "$id-preflight" || exit
+fi
+show "${command[@]}"
+
+START_FOLDER=$(mktemp -d)
+export START_FOLDER
+killer=''
+
+# end SIGNAL: send it to all ranks of this node that still live. Each has a group of its own.
+end() {
+    local file
+    for file in "$START_FOLDER"/rank-*.pid; do
+        [[ ! -f $file ]] || kill "-$1" -- "-$(<"$file")" 2>/dev/null || true
+    done
+}
+
+# With torchrun no rank outlives this script: one that did would hold the run's folder.
+finish() {
+    end KILL
+    [[ -z $killer ]] || kill "$killer" 2>/dev/null || true
+    rm -rf "$START_FOLDER"
+}
+trap finish EXIT
+
+interrupts=0
+on_interrupt() { # a terminal's Ctrl-C has reached torchrun too, which asks the ranks
+    interrupts=$((interrupts + 1))
+    if ((interrupts > 1)); then
+        kill -KILL "$torchrun" 2>/dev/null || true
+        exit 130
+    fi
+}
+
+on_stop() { # torchrun asks the ranks; one that hangs itself, as on a dead connection, is not waited for
+    kill -TERM "$torchrun" 2>/dev/null || true
+    [[ -z $killer ]] || return 0
+    (sleep $((TORCH_ELASTIC_SHUTDOWN_TIMEOUT + 15)) && kill -KILL "$torchrun") >/dev/null 2>&1 &
+    killer=$!
+}
+
+# A rank may get SIGUSR1 before it listens, and torchrun itself never does: ignored, it harms neither.
+trap '' USR1
+(
+    trap - INT # which a shell ignores for what it starts in the background
+    exec "${command[@]}"
+) &
+torchrun=$!
+trap on_stop TERM HUP
+trap on_interrupt INT
+
+code=0
+while :; do
+    wait "$torchrun" && code=0 || code=$?
+    kill -0 "$torchrun" 2>/dev/null || break
+done
+# A signal may have interrupted the last wait: ask again what the end was.
+wait "$torchrun" && code=0 || code=$?
+[[ ! -f $START_FOLDER/code ]] || code=$(<"$START_FOLDER/code")
+exit "$code"

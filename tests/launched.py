@@ -1,0 +1,50 @@
+"""What launch/torchrun.sh starts in the trainer's place: it ends in each of the trainer's ways."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+SAVED = 75
+
+
+def main(end: str, folder: Path) -> int:
+    """End as asked. Every start leaves an empty file start-NUMBER-RANK in the folder."""
+    rank, number = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    asked: list[int] = []
+    for one in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(one, lambda number, frame: asked.append(number))
+    (folder / f"start-{number}-{rank}").touch()
+    match end:
+        case "fail":
+            return 1
+        case "fail once":
+            return int(number == 0)
+        case "refuse":
+            return 2
+        case "refuse alone":
+            return 2 if rank == 0 else wait(lambda: False)
+        case "save":
+            wait(lambda: bool(asked))
+            return SAVED
+        case "hang":
+            wait(lambda: asked.count(signal.SIGINT) > 1)
+        case _:
+            (folder / f"words-{rank}").write_text("\n".join(sys.argv[3:]))
+    return 0
+
+
+def wait(true: object) -> int:
+    """Wait until something holds, for two minutes at most."""
+    assert callable(true)
+    deadline = time.monotonic() + 120
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
