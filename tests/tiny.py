@@ -38,22 +38,27 @@ class Tiny:
 
     def words(self, folder: Path | str, *more: str) -> list[str]:
         """Return the command line of the tiny run; later words win."""
-        return [
-            "experiment=digits_twinflow",
-            *(f"model.{key}={value}" for key, value in SIZE.items()),
-            f"model.rope={ROPE}",
-            f"model.text_width={WIDTH}",
-            f"init_from={self.folder / 'base'}",
-            f"data.path={self.folder / 'train'}",
-            f"data.heldout={self.folder / 'heldout'}",
-            f"evals.judge={self.folder / JUDGE}",
-            "evals.images=12",
-            "evals.samplers=[{steps: 1}, {steps: 2, stochasticity: 1.0}]",
-            "evals.base=[{steps: 2, style: multi, guidance: 2.0}]",
-            *(f"steps={STEPS}", "batch=8", "micro_batch=4", "save_every=4", "eval_every=4"),
-            *("tracking=none", f"folder={folder}"),
-            *more,
-        ]
+        return words(self.folder, folder, *more)
+
+
+def words(made: Path, folder: Path | str, *more: str) -> list[str]:
+    """Return the command line of a run in `folder` from what `build` made; later words win."""
+    return [
+        "experiment=digits_twinflow",
+        *(f"model.{key}={value}" for key, value in SIZE.items()),
+        f"model.rope={ROPE}",
+        f"model.text_width={WIDTH}",
+        f"init_from={made / 'base'}",
+        f"data.path={made / 'train'}",
+        f"data.heldout={made / 'heldout'}",
+        f"evals.judge={made / JUDGE}",
+        "evals.images=12",
+        "evals.samplers=[{steps: 1}, {steps: 2, stochasticity: 1.0}]",
+        "evals.base=[{steps: 2, style: multi, guidance: 2.0}]",
+        *(f"steps={STEPS}", "batch=8", "micro_batch=4", "save_every=4", "eval_every=4"),
+        *("tracking=none", f"folder={folder}"),
+        *more,
+    ]
 
 
 def tiny(factory: pytest.TempPathFactory) -> Tiny:
@@ -66,10 +71,15 @@ def _tiny(folder: Path) -> Tiny:
     folder.mkdir()
     (folder / "processes").mkdir()
     program = serve(scratch=folder / "processes", cwd=folder)  # starts while we build
+    build(folder)
+    return Tiny(folder=folder, program=program)
+
+
+def build(folder: Path) -> None:
+    """Write the shards, the judge and the base."""
     train, heldout = write(folder / "train", range(0, 5000, 50)), range(1, 5000, 125)
     fit_judge(train=train, heldout=write(folder / "heldout", heldout), path=folder / JUDGE)
     write_base(folder / "base", QwenImage(**SIZE, rope=ROPE, text_width=WIDTH))
-    return Tiny(folder=folder, program=program)
 
 
 def write(folder: Path, rows: range, *, note: str = "") -> Any:
