@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -36,9 +37,15 @@ def patch(folder: Path, old: bytes, new: bytes) -> None:
     path.write_bytes(data.replace(old, new, 1))
 
 
-def truncate(folder: Path) -> None:
-    path = folder / BAD
-    path.write_bytes(path.read_bytes()[:-3000])
+def lie(folder: Path, *, tokens: int) -> None:
+    """Let the index say something else of a text, and sign it again."""
+    index = folder / "000002.index.json"
+    rows = json.loads(index.read_text())
+    rows[1][5] = [tokens]
+    index.write_text(json.dumps(rows))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][2]["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def lose_a_member(folder: Path) -> None:
@@ -85,7 +92,11 @@ class Fault:
 
 
 FAULTS: Mapping[str, Fault] = {
-    "truncated": Fault(truncate, r"it has \d+ bytes, the manifest says \d+"),
+    "lying-index": Fault(
+        lambda folder: lie(folder, tokens=10**12),
+        "not an index .* cannot hold",
+        names=r"000002\.index\.json",
+    ),
     "without-a-member": Fault(lose_a_member, "not safetensors: .*copy the file again"),
     "another-shape": Fault(
         lambda folder: patch(folder, b"[1,2,2]", b"[1,1,4]"),

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from tests.data.tools import make_sample, make_set
 from twinflow_train.data.batching import Draft, Memory
 from twinflow_train.data.cache import Cache
+from twinflow_train.data.loader import Part, Shards
 from twinflow_train.data.manifest import Form
 from twinflow_train.data.ranges import Remote
 from twinflow_train.data.sample import fields_of, form_of, parse, tensors_of
@@ -63,6 +67,11 @@ def test_a_header_of_other_numbers_than_counts_is_a_value_error(said: dict[str, 
         {"file": "000001.tar"},  # twice
         {"latent_shape": []},
         {"latent_shape": [4, 4]},
+        {"latent_shape": [1, 4, 10**6]},
+        {"latent_shape": [1, 4, 10**30]},
+        {"samples": 10**6},
+        {"samples": 10**12, "bytes": 10**18},
+        {"latent_shape": [1, 10**6, 10**6], "bytes": 10**18},
     ],
 )
 def test_a_manifest_with_odd_names_or_shapes_is_refused(
@@ -75,6 +84,68 @@ def test_a_manifest_with_odd_names_or_shapes_is_refused(
     path.write_text(json.dumps(said))
     with pytest.raises(UserError, match="not a manifest"):
         ShardSet(shards.folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("form", {"references": 65}),
+        ("form", {"references": 10**12}),
+        ("form", {"text_width": 10**12}),
+        ("form", {"text_width": 60_000}),
+        ("form", {"pooled_width": 60_000}),
+        ("form", {"latent_dtype": "none", "references": 1}),
+        ("about", {"revision": 1}),
+    ],
+)
+def test_a_manifest_that_says_what_cannot_be_is_refused(
+    tmp_path: Path, part: str, change: dict[str, Any]
+) -> None:
+    """Or memory for it would be asked for."""
+    shards = make_set(tmp_path / "set")
+    path = shards.folder / "manifest.json"
+    said = json.loads(path.read_text())
+    said[part] |= change
+    path.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="not a manifest"):
+        ShardSet(shards.folder)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"text.0": torch.ones(3, 7)},
+        {"text.0": torch.ones(0, 6)},
+        {"text.0": torch.ones(6)},
+        {"text.0": torch.ones(3, 6).bool()},
+        {"other": torch.ones(3, 6)},
+    ],
+)
+def test_a_null_prompt_unlike_the_texts_is_refused(
+    tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    shards = make_set(tmp_path / "set")
+    path = shards.folder / "manifest.json"
+    said = json.loads(path.read_text())
+    null = save(tensors)
+    (shards.folder / "null.safetensors").write_bytes(null)
+    path.write_text(json.dumps(said | {"null_sha256": hashlib.sha256(null).hexdigest()}))
+    with pytest.raises(UserError, match=r"null\.safetensors: not a null prompt"):
+        ShardSet(shards.folder).null  # noqa: B018 - it is read when it is asked for
+
+
+def test_memory_that_cannot_be_had_is_a_user_error() -> None:
+    with pytest.raises(UserError, match=r"GiB of memory .* cannot be had .*make micro_batch"):
+        Memory().take(1 << 60)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0])
+def test_weights_and_caches_are_finite(value: float) -> None:
+    for key in ("weight", "cache_gb"):
+        with pytest.raises(UserError, match=rf"data\.{key} is {value}; it must be positive"):
+            replace(Shards(), **{key: value})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"data\.mix\.weight is"):
+        Part(weight=value)
 
 
 def test_json_too_deep_to_read_is_no_manifest(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tests.encoding.jobs import pipeline, run, settings
 from tests.encoding.tools import write_folder
 from twinflow_train.data.shards import ShardSet
 from twinflow_train.encoding.captions import Captions
-from twinflow_train.encoding.folder import Folder
+from twinflow_train.encoding.folder import Folder, FolderReader
 from twinflow_train.encoding.images import NoImages
 from twinflow_train.encoding.plan import LEFT_OUT, PLAN
 from twinflow_train.encoding.settings import KEEPING, SETTINGS, Preparation
@@ -63,9 +63,10 @@ def test_two_who_plan_with_other_settings_do_not_both_get_their_way(
     prepared: Preparation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other one finishes its plan while this one looks for sizes."""
-    measured, measure = [], Folder.open
+    measured: list[Folder] = []
+    measure = Folder.open
 
-    def late(source: Folder) -> object:
+    def late(source: Folder) -> FolderReader:
         if not measured:
             measured.append(source)
             run(replace(prepared, samples_per_shard=2))

@@ -16,6 +16,8 @@ from torch.nn.functional import pad
 from twinflow_train.batch import Batch, Condition
 from twinflow_train.data.manifest import Form, LatentShape
 from twinflow_train.data.sample import TYPES, Sample, looked_at, not_finite
+from twinflow_train.errors import UserError
+from twinflow_train.place import cause, readable
 
 Block = npt.NDArray[np.uint8]
 
@@ -31,7 +33,16 @@ class Memory:
         self._free: dict[int, list[Block]] = {}
 
     def take(self, size: int) -> Tensor:
-        """Return `size` bytes, whatever is in them."""
+        """Return `size` bytes, whatever is in them; UserError if there are not so many."""
+        try:
+            return self._take(size)
+        except (MemoryError, RuntimeError) as error:
+            raise UserError(
+                f"data: {readable(size)} of memory for a part of a batch cannot be had "
+                f"({cause(error)}); make micro_batch or data.prefetch smaller"
+            ) from error
+
+    def _take(self, size: int) -> Tensor:
         if torch.cuda.is_available():
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         free = self._free.setdefault((size - 1).bit_length(), [])

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property, partial
 from itertools import count
+from math import inf
 from pathlib import Path
 from queue import Queue
 from typing import Any, TypeVar
@@ -45,7 +46,7 @@ class Part:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check("data.mix", self, [("weight", self.weight > 0, "positive")])
+        check("data.mix", self, [("weight", 0 < self.weight < inf, "positive")])
 
 
 @dataclass(kw_only=True)
@@ -84,14 +85,14 @@ class Shards:
 
     def __post_init__(self) -> None:
         rules = [
-            ("weight", self.weight > 0, "positive"),
+            ("weight", 0 < self.weight < inf, "positive"),
             ("window", 1 <= self.window <= LARGEST_WINDOW, f"in 1..{LARGEST_WINDOW}"),
             ("lanes", self.lanes > 0 and self.lanes.bit_count() == 1, "a power of two"),
             ("prefetch", self.prefetch >= 0, "0 or more"),
             ("threads", self.threads >= 1, "1 or more"),
             ("skip_budget", self.skip_budget >= 0, "0 or more"),
             ("attempts", self.attempts >= 1, "1 or more"),
-            ("cache_gb", self.cache_gb > 0, "positive"),
+            ("cache_gb", 0 < self.cache_gb < inf, "positive"),
         ]
         check("data", self, rules)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,13 @@ TAR = re.compile(r"[\w-]+\.tar", re.ASCII)
 LatentShape = tuple[int, ...]
 DTYPES = ("float32", "bfloat16", "float16")
 """The types that latents and embeddings may have."""
+ITEM = {"float32": 4, "bfloat16": 2, "float16": 2, "none": 0}
+"""Bytes of a number of each type."""
+HEADERS = 1024
+"""Bytes of the headers in a tar that belong to one sample."""
+LARGEST, WIDEST, MOST_REFERENCES = 1 << 26, 1 << 16, 64
+"""Numbers in a latent or samples in a tar; numbers in an embedding; references: what more a set
+claims to have is not believed, since memory is taken by these claims."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +71,20 @@ class Form:
         """Whether samples have images: they have not in sets for image-free training."""
         return self.latent_dtype != "none"
 
+    def size(self, latent_shape: LatentShape, tokens: Sequence[int], null: int = 0) -> int:
+        """Return the bytes of a sample's tensors; tokens: of each caption, null: of its own."""
+        latents = math.prod(latent_shape) * (1 + self.references) * ITEM[self.latent_dtype]
+        texts = (sum(tokens) + null) * self.text_width + len(tokens) * self.pooled_width
+        return latents + texts * ITEM[self.text_dtype]
+
     @staticmethod
     def of(said: Mapping[str, Any]) -> Form:
         """Make it again from plain values; ValueError, TypeError or KeyError if it is none."""
         form = Form(**said)
-        numbers = (form.text_width, form.pooled_width, form.references)
-        plain = all(type(number) is int and number >= 0 for number in numbers) and form.text_width
-        plain = plain and type(form.own_null) is bool
+        bounds = (WIDEST, WIDEST, MOST_REFERENCES if form.has_latents else 0)
+        numbers = zip((form.text_width, form.pooled_width, form.references), bounds, strict=True)
+        plain = all(type(number) is int and 0 <= number <= most for number, most in numbers)
+        plain = plain and form.text_width > 0 and type(form.own_null) is bool
         if not plain or form.text_dtype not in DTYPES or form.latent_dtype not in (*DTYPES, "none"):
             raise ValueError(f"form {form}")
         return form
@@ -100,6 +115,7 @@ class ShardFile:
         shard = ShardFile(**{**said, "latent_shape": tuple(said["latent_shape"])})
         numbers = (shard.samples, shard.bytes, *shard.latent_shape)
         plain = all(type(number) is int and number > 0 for number in numbers)
+        plain = plain and max(shard.samples, math.prod(shard.latent_shape)) <= LARGEST
         if not plain or len(shard.latent_shape) != 3 or not TAR.fullmatch(shard.file):
             raise ValueError(f"shard {shard}")
         return shard
@@ -167,5 +183,11 @@ class Manifest:
         shards = tuple(map(ShardFile.of, said["shards"]))
         if not shards or len({shard.file for shard in shards}) < len(shards):
             raise ValueError("no shards, or two of one name")
-        parts = {"about": About(**said["about"]), "form": Form.of(said["form"]), "shards": shards}
-        return Manifest(**said | parts)
+        about, form = About(**said["about"]), Form.of(said["form"])
+        if not all(isinstance(each, str) for each in asdict(about).values()):
+            raise ValueError(f"{about}")
+        for shard in shards:
+            least = shard.samples * (HEADERS + form.size(shard.latent_shape, [1]))
+            if shard.bytes < least:
+                raise ValueError(f"{shard.file} has {shard.bytes} bytes, its samples {least}")
+        return Manifest(**said | {"about": about, "form": form, "shards": shards})

@@ -144,8 +144,15 @@ class Remote:
         if len(found) < end - begin:
             raise Short(f"{len(found)} bytes came of {end - begin}")
         if len(found) > end - begin:
-            raise ValueError(f"{len(found)} bytes came of {end - begin}: does it serve ranges?")
+            raise NoRanges(
+                f"{len(found)} bytes came where {end - begin} were asked for: the server has to "
+                "answer range requests"
+            )
         return found
+
+
+class NoRanges(ValueError):
+    """A server that sends more than the range that was asked for; it will the next time too."""
 
 
 class Short(OSError):

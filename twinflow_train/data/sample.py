@@ -297,13 +297,8 @@ def parse(
     Raises:
         ValueError: the bytes are not those of a sample of this form.
     """
-    try:
-        said: dict[str, Any] = json.loads(fields)
-        captions: list[str] = said.pop("captions")
-        number = caption % len(captions)
-        words = captions[number]
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
-        raise ValueError(f"its JSON lacks captions ({error!r})") from error
+    captions, said = captions_of(fields)
+    number = caption % len(captions)
     header = bytes(tensors[: header_size(tensors, len(tensors))])
     found = layout(header, len(tensors), caption=number, form=form, latent_shape=latent_shape)
     views = {name: _view(tensors, stored) for name, stored in found.tensors.items()}
@@ -314,12 +309,24 @@ def parse(
         key=key,
         latent=views.get("latent"),
         texts=(views[f"text.{number}"],),
-        captions=(words,),
+        captions=(captions[number],),
         pooled=(views[f"pooled.{number}"],) if form.pooled_width else (),
         references=tuple(views[f"reference.{n}"] for n in range(form.references)),
         null=views.get("null.0"),
         fields=said,
     )
+
+
+def captions_of(fields: bytes | bytearray) -> tuple[list[str], dict[str, Any]]:
+    """Read a sample's captions and free fields; ValueError if there is no caption."""
+    try:
+        said: dict[str, Any] = json.loads(fields)
+        captions: list[str] = said.pop("captions")
+        if not isinstance(captions, list) or not captions:
+            raise TypeError(f"{captions!r:.40}")
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its JSON lacks captions ({error!r})") from error
+    return captions, said
 
 
 def _view(data: bytearray, stored: Stored) -> Tensor:

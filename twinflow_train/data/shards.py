@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import resource
 import tarfile
 from bisect import bisect_right
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import safetensors.torch
 from safetensors import SafetensorError
 
 from twinflow_train.batch import Condition, Embedding
 from twinflow_train.data.cache import Cache
+from twinflow_train.data.index import Entry, NotAnIndex, entries_of
 from twinflow_train.data.kept import Kept
 from twinflow_train.data.manifest import NAME, NULL, LatentShape, Manifest, ShardFile
-from twinflow_train.data.ranges import File, OnDisk, Remote
+from twinflow_train.data.ranges import File, NoRanges, OnDisk, Remote
 from twinflow_train.data.sample import (
-    KEY,
+    TYPES,
     Layout,
     Room,
     Sample,
+    captions_of,
     header_of,
     layout,
     member_fault,
@@ -37,9 +37,8 @@ LARGEST = 1 << 16
 """Files that stay open where there is no limit."""
 LAYOUTS = 4096
 """How many layouts of samples are remembered."""
-SHORT = 6
-"""Elements of an index's row for a sample without its own null prompt."""
 _REPAIR = "copy the file again or build the set again"
+_RANGES = "serve the set from where ranges of a file can be asked for, or copy it to a disk"
 _AGAIN = "start again when it answers, or raise data.attempts"
 
 
@@ -55,21 +54,6 @@ def open_files() -> int:
 
 class Unreached(DataError):
     """A file that cannot be read now, perhaps by this process alone; another time it may be."""
-
-
-class Entry(NamedTuple):
-    """Where a sample lies in its tar: begin and size of both members; tokens of each caption.
-
-    null: tokens of its own null prompt, 0 if it has none.
-    """
-
-    key: str
-    tensors_at: int
-    tensors_size: int
-    fields_at: int
-    fields_size: int
-    tokens: tuple[int, ...]
-    null: int = 0
 
 
 class ShardSet:
@@ -98,17 +82,30 @@ class ShardSet:
         self.manifest_sha256 = hashlib.sha256(text).hexdigest()
         self.manifest = Manifest.parse(text, self.place / NAME)
         if self.place.local:
-            present = set(self.place.names())
-            shards = self.manifest.shards
-            for file in [*(shard.file for shard in shards), *(s.index for s in shards), NULL]:
-                if file not in present:
-                    raise UserError(f"{self.place / file} is missing; {_REPAIR}")
+            self._look()
         self.counts = tuple(shard.samples for shard in self.manifest.shards)
         self._ends = tuple(accumulate(self.counts))
         wanted = keep_open * len(self.manifest.buckets)
         self._entries = Kept(self._read_index, most=wanted)
         self._files = Kept(self._open, most=min(wanted, most_open or open_files()))
         self._layouts: dict[object, Layout] = {}
+
+    def _look(self) -> None:
+        """Look whether the files on the disk are there, each tar as large as it was: UserError."""
+        present = set(self.place.names())
+        for file in [*(shard.index for shard in self.manifest.shards), NULL]:
+            if file not in present:
+                raise UserError(f"{self.place / file} is missing; {_REPAIR}")
+        for shard in self.manifest.shards:
+            place = self.place / shard.file
+            try:
+                size = Path(place.path).stat().st_size
+            except FileNotFoundError as error:
+                raise UserError(f"{place} is missing; {_REPAIR}") from error
+            except OSError as error:
+                raise UserError(f"{place} cannot be read: {cause(error)}; {_REPAIR}") from error
+            if size != shard.bytes:
+                raise UserError(f"{place}: {_another_size(size, shard)}; {_REPAIR}")
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -125,11 +122,17 @@ class ShardSet:
         try:
             found = self._whole(NULL, self.manifest.null_sha256)
             tensors, form = safetensors.torch.load(found), self.manifest.form
-            pooled = tensors["pooled.0"] if form.pooled_width else None
-            return Condition.of([Embedding(tensors["text.0"], pooled)])
+            text, pooled = tensors["text.0"], tensors["pooled.0"] if form.pooled_width else None
+            shapes = [tuple(text.shape[1:]), *(tuple(p.shape) for p in (pooled,) if p is not None)]
+            wanted = [(width,) for width in (form.text_width, form.pooled_width) if width]
+            if shapes != wanted or not len(text) or text.dtype not in TYPES.values():
+                raise ValueError(f"text.0 is {text.dtype} {tuple(text.shape)}")
+            return Condition.of([Embedding(text, pooled)])
         except OSError as error:
             raise UserError(self._unreadable(f"{place}", error)) from error
-        except (SafetensorError, KeyError) as error:
+        except UserError:
+            raise
+        except (SafetensorError, KeyError, ValueError) as error:
             raise UserError(
                 f"{place}: not a null prompt ({error!r}); build the set again"
             ) from error
@@ -174,9 +177,9 @@ class ShardSet:
         entry = self._entries.get(number)[row]
         begin = min(entry.tensors_at, entry.fields_at)
         end = max(entry.tensors_at + entry.tensors_size, entry.fields_at + entry.fields_size)
-        tensors, fields = bytearray(entry.tensors_size), bytearray(entry.fields_size)
         try:
             copy = self._files.get(number).part(begin, end)
+            tensors, fields = bytearray(entry.tensors_size), bytearray(entry.fields_size)
             copy(entry.tensors_at - begin, [memoryview(tensors)])
             copy(entry.fields_at - begin, [memoryview(fields)])
             return parse(
@@ -187,7 +190,7 @@ class ShardSet:
                 form=self.manifest.form,
                 latent_shape=self.manifest.shards[number].latent_shape,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, MemoryError) as error:
             raise self.fault(number, entry, error) from error
 
     def copy(self, number: int, entry: Entry, room: Room, *, caption: int) -> None:
@@ -208,24 +211,39 @@ class ShardSet:
             )
             if known and known.copy(copy, room):
                 return
-            found = layout(
-                header_of(copy, entry.tensors_size),
-                entry.tensors_size,
-                caption=chosen,
-                form=self.manifest.form,
-                latent_shape=shape,
-            )
-            promised = {f"text.{chosen}": entry.tokens[chosen]}
-            promised |= {"null.0": entry.null} if self.manifest.form.own_null else {}
-            for name, said in promised.items():
-                if (tokens := found.tensors[name].shape[0]) != said:
-                    raise ValueError(f"it has {tokens} tokens, the index says {said}")
+            header = header_of(copy, entry.tensors_size)
+            found = self._layout(number, entry, header, chosen)
             found.copy(copy, room)
         except (OSError, ValueError) as error:
             raise self.fault(number, entry, error) from error
         if len(self._layouts) >= LAYOUTS:
             self._layouts.clear()
         self._layouts[like] = found
+
+    def _layout(self, number: int, entry: Entry, header: bytes, caption: int) -> Layout:
+        """Find a sample's tensors with one caption; ValueError if they are not as promised."""
+        form, shape = self.manifest.form, self.manifest.shards[number].latent_shape
+        found = layout(header, entry.tensors_size, caption=caption, form=form, latent_shape=shape)
+        promised = {f"text.{caption}": entry.tokens[caption]}
+        promised |= {"null.0": entry.null} if form.own_null else {}
+        for name, said in promised.items():
+            if (tokens := found.tensors[name].shape[0]) != said:
+                raise ValueError(f"it has {tokens} tokens, the index says {said}")
+        return found
+
+    def _check(self, number: int, entry: Entry) -> None:
+        """Compare a sample with the manifest's form and its index; DataError if it is another."""
+        try:
+            file = self._files.get(number)
+            copy = file.part(entry.tensors_at, entry.tensors_at + entry.tensors_size)
+            header, fields = header_of(copy, entry.tensors_size), bytearray(entry.fields_size)
+            for caption in range(len(entry.tokens)):
+                self._layout(number, entry, header, caption)
+            file.part(entry.fields_at, entry.fields_at + entry.fields_size)(0, [memoryview(fields)])
+            if (many := len(captions_of(fields)[0])) != len(entry.tokens):
+                raise ValueError(f"it has {many} captions, the index says {len(entry.tokens)}")
+        except (OSError, ValueError, MemoryError) as error:
+            raise self.fault(number, entry, error) from error
 
     def fault(self, number: int, entry: Entry, error: Exception) -> DataError:
         """Say that a shard's sample cannot be used."""
@@ -234,10 +252,13 @@ class ShardSet:
 
     def _unreadable(self, what: str, error: Exception) -> str:
         advice = _AGAIN if _passing(error) and not self.place.local else _REPAIR
+        advice = _RANGES if isinstance(error, NoRanges) else advice
         return f"{what} cannot be read: {cause(error)}; {advice}"
 
     def verify(self) -> None:
-        """Compare every file with its checksum and every tar with its index, reading the whole set.
+        """Compare every file with its checksum, every tar with its index, samples with the form.
+
+        Reads the whole set.
 
         Raises:
             UserError: names the first file that is not as it should be.
@@ -261,16 +282,23 @@ class ShardSet:
             ]
             if sorted(members) != sorted(wanted):
                 raise UserError(f"{place}: is not what {shard.index} says; build the set again")
+            for entry in self._entries.get(number):
+                self._check(number, entry)
 
     def _read_index(self, number: int) -> tuple[Entry, ...]:
         """Read and parse a shard's index."""
         shard = self.manifest.shards[number]
         place = self.place / shard.index
         try:
-            return _entries(self._whole(shard.index, shard.index_sha256), shard, place)
+            found = entries_of(
+                self._whole(shard.index, shard.index_sha256), shard, self.manifest.form
+            )
         except OSError as error:
             kind = Unreached if _passing(error) else DataError
             raise kind(self._unreadable(f"{place}", error)) from error
+        except NotAnIndex as error:
+            raise DataError(f"{place}: not an index{error}; build the set again") from error
+        return found
 
     def _open(self, number: int) -> File:
         """Open a shard; OSError if it is not what it was."""
@@ -279,7 +307,7 @@ class ShardSet:
             return self._remote(shard.file, shard.sha256)
         found = OnDisk(Path((self.place / shard.file).path))
         if found.size != shard.bytes:
-            raise OSError(f"it has {found.size} bytes, the manifest says {shard.bytes}")
+            raise OSError(_another_size(found.size, shard))
         return found
 
     def _whole(self, file: str, sha256: str) -> bytes:
@@ -295,44 +323,16 @@ class ShardSet:
         return Remote(place=place, sha256=sha256, cache=self._cache, attempts=self._attempts)
 
 
+def _another_size(size: int, shard: ShardFile) -> str:
+    return f"it has {size} bytes, the manifest says {shard.bytes}"
+
+
 def _passing(error: Exception) -> bool:
     return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
 
 
 def _unlike(place: Place, found: str, expected: str) -> str:
     return f"{place}: SHA-256 is {found}, the manifest says {expected}; {_REPAIR}"
-
-
-def _entries(text: bytes, shard: ShardFile, place: Place) -> tuple[Entry, ...]:
-    """Parse an index; DataError if it is none, or leads out of its shard."""
-    try:
-        found = tuple(_entry(row, shard) for row in json.loads(text))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not an index ({error}); build the set again") from error
-    if len(found) != shard.samples:
-        raise DataError(
-            f"{place}: not an index of {shard.file}: it has {len(found)} samples, the manifest "
-            f"says {shard.samples}; build the set again"
-        )
-    return found
-
-
-def _entry(row: Any, shard: ShardFile) -> Entry:
-    """Make an entry of a row of an index; TypeError or ValueError if it is none."""
-    key, *places, tokens = row[:SHORT]
-    nulls = row[SHORT:]
-    numbers = (*places, *tokens, *nulls)
-    fine = all(type(number) is int and number > 0 for number in numbers) and tokens
-    tensors_at, tensors_size, fields_at, fields_size = places
-    inside = fine and max(tensors_at + tensors_size, fields_at + fields_size) <= shard.bytes
-    if not inside or not KEY.fullmatch(key):
-        raise ValueError(f"it has {row!r:.200}")
-    return Entry(key, tensors_at, tensors_size, fields_at, fields_size, tuple(tokens), *nulls)
-
-
-def row_of(entry: Entry) -> tuple[Any, ...]:
-    """Make an entry's row of an index, which is shorter without a null prompt of its own."""
-    return entry if entry.null else entry[:SHORT]
 
 
 def _members(place: Place) -> list[tuple[str, int, int]]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from webdataset import TarWriter
 
 from twinflow_train.batch import Embedding
+from twinflow_train.data.index import Entry, row_of
 from twinflow_train.data.manifest import NULL, About, Form, LatentShape, Manifest, ShardFile
 from twinflow_train.data.sample import (
     Sample,
@@ -32,7 +33,7 @@ from twinflow_train.data.sample import (
     form_of,
     tensors_of,
 )
-from twinflow_train.data.shards import Entry, ShardSet, row_of
+from twinflow_train.data.shards import ShardSet
 from twinflow_train.errors import UserError
 from twinflow_train.files import sha256, whole_file, whole_folder
 from twinflow_train.place import CHUNK
