@@ -78,6 +78,16 @@ def test_what_a_folder_lacks_is_said_of_each_picture(tmp_path: Path) -> None:
     assert reason(reader, ("alone.png",), measured=False).startswith("it cannot be read (No such")
 
 
+def test_captions_may_have_a_name_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "A.PNG").write_bytes(PNG)
+    (tmp_path / "A.TXT").write_text("in capitals")
+    reader = Folder(path=str(tmp_path)).open()
+    assert reader.read(("A.PNG",)) == Content(captions=("in capitals",), picture=PNG)
+    assert reader.measure(("A.PNG",)) == Size(40, 60)
+    (tmp_path / "A.txt").write_text("as usual")
+    assert reader.read(("A.PNG",)).captions == ("as usual",)
+
+
 def test_captions_that_cannot_be_read_are_said_of_their_picture(tmp_path: Path) -> None:
     for name in ("folder", "loop"):
         (tmp_path / f"{name}.png").write_bytes(PNG)
@@ -218,6 +228,34 @@ def test_what_a_row_lacks_is_said(tmp_path: Path) -> None:
     assert reason(reader, no_picture) == "its image is None, not the bytes of a file"
     assert "neither a string nor a list" in reason(reader, no_text, measured=False)
     assert reason(reader, blank, measured=False) == "it has no caption"
+
+
+def test_pictures_may_stand_in_structures(tmp_path: Path) -> None:
+    """As Hugging Face's datasets writes them."""
+    images = [{"bytes": PNG, "path": "a.png"}, {"bytes": None, "path": "b.png"}]
+    columns: dict[str, list[Any]] = {
+        "text": ["a", "b"], "image_bytes": images, "reference_bytes": [images[:1], images]
+    }  # fmt: skip
+    path = str(write_parquet(tmp_path / "1.parquet", columns))
+    reader = Parquet(path=path, references=1).open()
+    first, second = reader.find()
+    assert reader.measure(first) == Size(40, 60)
+    assert reader.read(first) == Content(captions=("a",), picture=PNG, references=(PNG,))
+    assert "not the bytes of files" in reason(reader, second, measured=False)
+    assert "not the bytes of a file" in reason(Parquet(path=path).open(), second)
+
+
+def test_a_caption_that_is_none_does_not_cost_the_others(tmp_path: Path) -> None:
+    lists: list[Any] = [["a", None, "b"], [None]]
+    columns = {"text": lists, "image_bytes": [PNG] * 2}
+    reader = Parquet(path=str(write_parquet(tmp_path / "1.parquet", columns))).open()
+    both, none = reader.find()
+    assert reader.read(both).captions == ("a", "b")
+    assert reason(reader, none, measured=False) == "it has no caption"
+    said = json.dumps({"captions": ["a", None, "b"]}).encode()
+    tar = write_tar(tmp_path / "1.tar", {"x.png": PNG, "x.json": said})
+    (where,) = WebDataset(path=str(tar)).open().find()
+    assert WebDataset(path=str(tar)).open().read(where).captions == ("a", "b")
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:

@@ -82,7 +82,9 @@ def _reference(path: Path, number: int) -> Path | None:
 
 
 def _captions(path: Path) -> Path:
-    return path.with_suffix(".txt")
+    """Name the file of a picture's captions: cameras and old systems write it in capitals."""
+    usual, capitals = path.with_suffix(".txt"), path.with_suffix(".TXT")
+    return capitals if os.path.isfile(capitals) and not os.path.isfile(usual) else usual
 
 
 def _uncaptioned(path: Path) -> Unusable:

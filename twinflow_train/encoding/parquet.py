@@ -25,6 +25,7 @@ class Parquet(Source):
     """Rows of Parquet files. text, image: their columns; text is a string or a list of strings.
 
     reference: with `references`, the column of reference images: a file's bytes, or a list of them.
+    In place of a file's bytes there may be a structure with the field `bytes`.
     """
 
     text: str = "text"
@@ -140,19 +141,27 @@ def captions(row: dict[str, Any]) -> tuple[str, ...]:
     text = row["text"]
     if isinstance(text, str):
         return some([text])
-    if isinstance(text, list) and all(isinstance(each, str) for each in text):
-        return some(text)
+    if isinstance(text, list) and all(isinstance(each, str | None) for each in text):
+        return some([each for each in text if each is not None])
     raise Unusable(f"its text is {text!r:.40}, neither a string nor a list of strings")
 
 
 def _references(value: Any) -> tuple[bytes, ...]:
-    found = [value] if isinstance(value, bytes) else value or []
-    if not isinstance(found, list) or not all(isinstance(each, bytes) for each in found):
+    found = value if isinstance(value, list) else [] if value is None else [value]
+    files = [_file(each) for each in found]
+    if any(file is None for file in files):
         raise Unusable(f"its references are {value!r:.40}, not the bytes of files")
-    return tuple(found)
+    return tuple(file for file in files if file is not None)
 
 
 def _picture(row: dict[str, Any]) -> bytes:
-    if not isinstance(row["image"], bytes):
+    file = _file(row["image"])
+    if file is None:
         raise Unusable(f"its image is {row['image']!r:.40}, not the bytes of a file")
-    return row["image"]
+    return file
+
+
+def _file(value: Any) -> bytes | None:
+    """Return the bytes of a file, which may stand beside its name in a structure; or None."""
+    found = value.get("bytes") if isinstance(value, dict) else value
+    return found if isinstance(found, bytes) else None

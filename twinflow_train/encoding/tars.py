@@ -154,6 +154,8 @@ def _said(text: bytes) -> tuple[str, ...]:
     try:
         said: Any = json.loads(text)
         value: Any = next((said[key] for key in FIELDS if said.get(key)), [])
-        return some([value] if isinstance(value, str) else [str(each) for each in value])
+        return some(
+            [value] if isinstance(value, str) else [str(each) for each in value if each is not None]
+        )
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise Unusable(f"its .json holds no {' or '.join(FIELDS)}") from error
