@@ -72,7 +72,7 @@ class Slurm:
     def run(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Run a command on the login node, from the repository's top."""
         return subprocess.run(
-            words, cwd=TOP, env=self.env | env, capture_output=True, text=True, timeout=120
+            words, cwd=TOP, env=self.env | env, capture_output=True, text=True, timeout=400
         )
 
     def ask(self, *words: str, **env: str) -> str:

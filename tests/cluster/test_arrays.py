@@ -44,7 +44,7 @@ def test_the_tasks_of_an_array_prepare_one_set(
         *(f"encoders.path={pipeline(tmp_path_factory)}", "images.side=64"),
         *("samples_per_shard=2", "batch=2", "loaders=2"),
     )
-    job.wait(180)
+    job.wait(400)
     told = [(tmp_path / f"{task}.out").read_text() for task in (4, 5)]
     assert all(f"worker {n} of 2: " in one for n, one in enumerate(told, 1)), told
     assert sum("is whole: 9 samples in 5 shards" in one for one in told) == 1, told

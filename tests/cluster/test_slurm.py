@@ -39,7 +39,7 @@ def await_step(job: Job, folder: Path, step: int) -> None:
     metrics = folder / "metrics.jsonl"
     trained = lambda: metrics.exists() and steps(folder)[-1:] >= [step]  # noqa: E731
     try:
-        until(trained, 120, f"step {step}")
+        until(trained, 300, f"step {step}")
     except TimeoutError as error:
         raise AssertionError(f"{error}, {job.state}\n{job.told()}") from None
 
@@ -55,7 +55,7 @@ def whole(slurm: Slurm, made: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The folder of a two-node run that nobody disturbed; tests only read it."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     job = begin(slurm, made, folder, PREFLIGHT="on")
-    job.wait(240)
+    job.wait(400)
     assert job.state == "COMPLETED", job.told()
     (folder / "job.txt").write_text(job.out())
     return folder
@@ -89,7 +89,7 @@ def test_before_its_time_limit_a_job_saves_and_goes_on(
     slurm.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")
     (saved,) = checkpoints(folder)
     assert reached < int(saved.removeprefix("step-")) < STEPS
-    job.wait(180)
+    job.wait(400)
     assert (job.state, job.show("Restarts")) == ("COMPLETED", "1"), job.told()
     assert curve(folder) == curve(whole)
 
@@ -122,7 +122,7 @@ def test_a_preempted_job_saves_and_goes_on(
     urgent.wait(120)
     assert urgent.state == "COMPLETED"
     assert len(checkpoints(folder)) == 1
-    job.wait(180)
+    job.wait(400)
     assert (job.state, job.show("Restarts")) == ("COMPLETED", "1"), job.told()
     assert curve(folder) == curve(whole)
 
@@ -138,7 +138,7 @@ def test_a_job_survives_that_a_nodes_slurmd_dies(
     job.wait(120, "PENDING")
     assert len(steps(folder)) < STEPS
     slurm.begin("node2")
-    job.wait(240)
+    job.wait(400)
     assert (job.state, job.show("Restarts")) == ("COMPLETED", "1"), job.told()
     assert curve(folder) == curve(whole)
 
@@ -155,7 +155,7 @@ def test_a_crash_is_retried_so_often_and_no_more(slurm: Slurm, made: Path, tmp_p
     crash = f'[[ "$*" == *distributed.run* ]] || {{ echo >>"{tmp_path}/tries"; exit 9; }}'
     env = {"PYTHON": python(tmp_path, crash), "RESTARTS": "1", "RETRIES": "1"}
     job = begin(slurm, made, tmp_path / "run", **env)
-    job.wait(120)
+    job.wait(300)
     assert (job.state, job.show("Restarts")) == ("FAILED", "1"), job.told()
     assert "failed after 1 retries: not queued again" in job.out()
     tries = len((tmp_path / "tries").read_text().splitlines())
@@ -166,7 +166,7 @@ def test_a_crash_is_retried_so_often_and_no_more(slurm: Slurm, made: Path, tmp_p
 
 def test_what_the_program_refuses_is_not_retried(slurm: Slurm, made: Path, tmp_path: Path) -> None:
     job = begin(slurm, made, tmp_path / "run", "data.path=nowhere")
-    job.wait(120)
+    job.wait(300)
     assert (job.state, job.show("Restarts")) == ("FAILED", "0"), job.told()
     assert "error: data.path" in job.out()
     assert job.out().splitlines()[-1].startswith("slurm.sbatch: the program refused to start")
@@ -181,7 +181,7 @@ def test_unequal_nodes_are_refused(slurm: Slurm, made: Path, tmp_path: Path) -> 
         file.write("# changed\n")
     other = python(tmp_path, f'[[ $(hostname) != node2 ]] || cd "{copy}"')
     job = begin(slurm, made, tmp_path / "run", PREFLIGHT="on", PYTHON=other)
-    job.wait(120)
+    job.wait(300)
     assert (job.state, job.show("Restarts")) == ("FAILED", "0"), job.told()
     assert "preflight: code differs: " in job.out()
     assert "preflight: node2: outputs does not see what 1 of 2 ranks wrote" in job.out()
