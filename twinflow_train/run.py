@@ -26,6 +26,7 @@ from twinflow_train.engines.optim import AdamW, AdamW8bit, Optim, RAdam
 from twinflow_train.engines.zero3 import ZeRO3
 from twinflow_train.errors import UserError
 from twinflow_train.evals.health import Health
+from twinflow_train.evals.prompts import Prompts
 from twinflow_train.evals.suite import Digits, Evals, NoEvals
 from twinflow_train.faults import Faults
 from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
@@ -47,6 +48,7 @@ from twinflow_train.planner import cost, gpus, rows_by_pass
 from twinflow_train.planner.flops import Work, work
 from twinflow_train.planner.speed import Meter
 from twinflow_train.profiler import Profile
+from twinflow_train.runfolder import about_code
 from twinflow_train.scrub import scrub
 
 INTERRUPTED = 75
@@ -246,7 +248,7 @@ class Run:
             self.tracking,
             name=self.name,
             folder=folder,
-            config=self.config(),
+            config=self.config() | (about_code(folder) if world.main else {}),
             world=world,
             step=progress.step,
             steps=self.steps,
@@ -353,7 +355,7 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
     "engine": {"fsdp2": FSDP2(), "fsdp2_gathered": FSDP2(reshard=False), "zero3": ZeRO3()},
     "optim": {"adamw": AdamW(), "adamw8bit": AdamW8bit(), "radam": RAdam()},
     "data": {"shards": Shards()},
-    "evals": {"digits": Digits(), "none": NoEvals()},
+    "evals": {"digits": Digits(), "prompts": Prompts(), "none": NoEvals()},
     "tracking": {"wandb": WandB(), "none": NoTracking()},
 }
 """Every option of every group; its defaults are the instance's values."""

@@ -1,0 +1,153 @@
+"""Memory: what is reckoned is what a real engine's allocator hands out."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from tests.helpers import spawn
+from twinflow_train.batch import Batch, Condition
+from twinflow_train.dist import World
+from twinflow_train.engines.average import Averages
+from twinflow_train.engines.base import Precision
+from twinflow_train.engines.fsdp2 import FSDP2
+from twinflow_train.engines.optim import AdamW
+from twinflow_train.models.adapter import NoAdapter
+from twinflow_train.models.lora import LoRA
+from twinflow_train.models.qwen_image import QwenImage
+from twinflow_train.models.sana import Sana
+from twinflow_train.objectives.twinflow import TwinFlow
+from twinflow_train.planner.gpus import GIB, GPUS
+from twinflow_train.planner.memory import Job, latent_side, memory
+from twinflow_train.planner.plan import plan, remedies, unfit
+from twinflow_train.planner.report import lines
+
+STEPS = 2
+
+
+def job(*, layers: int = 4, heads: int = 8, ranks: int = 1, **changes: Any) -> Job:
+    """Give a job of a network in which state, blocks and activations all matter."""
+    usual: dict[str, Any] = {
+        "model": QwenImage(
+            layers=layers, heads=heads, head_dim=32, text_width=64, channels=4, rope=[16, 8, 8]
+        ),
+        "adapter": NoAdapter(),
+        "objective": TwinFlow(),
+        "engine": FSDP2(precision=Precision.bf16),
+        "optim": AdamW(),
+        "average": Averages(),
+        "batch": 8,
+        "micro_batch": 4,
+        "seed": 0,
+        "latent": (32, 32),
+        "text": 32,
+        "gloo": True,
+    }
+    return Job(**(usual | changes), ranks=ranks)
+
+
+def measured(world: World, wanted: Job) -> int:
+    """Take steps on the real engine; return the most bytes that the allocator had handed out."""
+    deal = replace(wanted, ranks=world.size).deal
+    cond = Condition(tokens=torch.zeros(wanted.micro_batch, wanted.text, wanted.model.text_width))
+    latent = (wanted.model.channels, *wanted.latent)
+    data = torch.zeros(wanted.micro_batch, *latent)
+    batch = Batch(data=data, cond=cond, null=cond[:1], keys=("",) * wanted.micro_batch)
+    draws = [
+        wanted.objective.draw(deal, micro, seed=0, step=0, latent=latent)
+        for micro in range(deal.micro_steps)
+    ]
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        engine = wanted.engine.shard(
+            wanted.model,
+            wanted.adapter.weights(wanted.model.random_weights(0), seed=0),
+            adapter=wanted.adapter,
+            optim=wanted.optim,
+            decay=wanted.objective.teacher_decay,
+            average=wanted.average,
+            world=world,
+        )
+        for _ in range(STEPS):
+            for micro, drawn in enumerate(draws):
+                loss = wanted.objective.loss(engine.student, engine.teacher, batch, drawn).total
+                engine.backward(loss, last=micro == len(draws) - 1)
+                del loss
+            engine.step(1e-4)
+    found = seen.profiler
+    assert found is not None
+    assert found.kineto_results is not None
+    events = [e for e in found.kineto_results.events() if e.name() == "[memory]"]
+    live = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most
+
+
+ALONE = {
+    "kept": job(engine=FSDP2(recompute=0), micro_batch=2),
+    "gathered": job(engine=FSDP2(reshard=False, precision=Precision.fp32), micro_batch=2),
+    "deep": job(layers=8, heads=6),
+    "lora": job(adapter=LoRA(rank=8, alpha=8)),
+    "sana": job(
+        model=Sana(layers=4, heads=8, head_dim=32, cross_heads=4, text_width=64, channels=4)
+    ),
+}
+
+
+def several(world: World, jobs: list[Job]) -> list[int]:
+    return [measured(world, one) for one in jobs]
+
+
+def test_one_rank_takes_what_is_reckoned() -> None:
+    (found,) = spawn(several, 1, list(ALONE.values()))
+    ratios = {
+        name: memory(one).peak / most
+        for (name, one), most in zip(ALONE.items(), found, strict=True)
+    }
+    assert all(abs(ratio - 1) < 0.1 for ratio in ratios.values()), ratios
+
+
+RELEASED = replace(
+    job(), model=QwenImage(), batch=32, micro_batch=1, latent=(64, 64), text=256, gloo=False
+)
+"""All of the 20B network at 512 px."""
+
+
+def test_what_does_not_fit_is_refused_with_changes_that_do() -> None:
+    small = replace(RELEASED, model=QwenImage(layers=5), ranks=1)
+    whole = memory(small)
+    assert sum(whole.items().values()) == pytest.approx(whole.peak)
+    assert unfit(small, 2 * whole.peak) == ""
+    reason = unfit(small, 0.8 * whole.peak)
+    assert "this would fit: " in reason
+    assert "average.offload=true" in reason
+    assert "no setting makes it fit" in unfit(small, 1 * GIB)
+
+
+def test_more_ranks_hold_less_and_a_plan_says_so() -> None:
+    small = replace(RELEASED, model=QwenImage(layers=5))
+    one, eight = (memory(replace(small, ranks=ranks)) for ranks in (1, 8))
+    assert eight.held == pytest.approx(one.held / 8, rel=0.01)
+    # 16 bytes a number that is trained, and the average's: float32 each.
+    numbers = sum(p.numel() for p in small.model.build().parameters())
+    assert one.held == pytest.approx(16 * numbers, rel=0.03)
+    gpu = GPUS["h100_80gb"]
+    found = plan(replace(small, ranks=8), gpu, per_node=8)
+    assert found.fits
+    assert not remedies(replace(small, ranks=8), 1.0)
+    said = lines(found, steps=100, price_per_hour=2.0, remedies=[])
+    assert any("fits" in line for line in said)
+    assert found.seconds[0] < found.seconds[1]
+    assert 0 < found.use[0] < found.use[1] <= 0.45
+
+
+@pytest.mark.parametrize(("model", "pixels", "side"), [(QwenImage(), 512, 64), (Sana(), 1024, 32)])
+def test_latents_have_their_familys_size(model: Any, pixels: int, side: int) -> None:
+    assert latent_side(model, pixels) == side
