@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.encoding.tools import encoded, picture, write_folder, write_parquet, write_tar
+from twinflow_train.encoding import parquet
 from twinflow_train.encoding.captions import Captions
 from twinflow_train.encoding.folder import Folder
 from twinflow_train.encoding.parquet import Parquet
@@ -256,6 +257,23 @@ def test_a_caption_that_is_none_does_not_cost_the_others(tmp_path: Path) -> None
     tar = write_tar(tmp_path / "1.tar", {"x.png": PNG, "x.json": said})
     (where,) = WebDataset(path=str(tar)).open().find()
     assert WebDataset(path=str(tar)).open().read(where).captions == ("a", "b")
+
+
+@pytest.mark.parametrize(("together", "most"), [(parquet.TOGETHER, 2), (100, 1)])
+def test_large_row_groups_are_in_memory_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int, most: int
+) -> None:
+    monkeypatch.setattr(parquet, "TOGETHER", together)
+    columns = {"text": [f"prompt {n}" for n in range(12)], "image_bytes": [PNG] * 12}
+    path = write_parquet(tmp_path / "1.parquet", columns)
+    names = {"text": "text", "image": "image_bytes"}
+    rows = parquet.Rows(tmp_path, names)
+    held = []
+    for n, where in enumerate(rows.find(path.name)):
+        assert rows.row(where, "image") == {"image": PNG}
+        assert rows.row(where)["text"] == f"prompt {n}"
+        held.append(len(rows._groups))
+    assert max(held) == most
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from twinflow_train.errors import UserError
 SUFFIX = ".parquet"
 KEPT = 2
 """Row groups in memory: threads that read ahead are at the end of one and the start of the next."""
+TOGETHER = 1 << 28
+"""Bytes of row groups that are in memory together: of larger ones there is one at a time."""
 
 
 @dataclass(kw_only=True)
@@ -95,11 +97,18 @@ class Rows:
         wanted = (name, group, columns)
         if wanted not in self._groups:
             with self._opened(name) as file:
+                self._make_room(file.metadata.row_group(group).total_byte_size)
                 self._groups[wanted] = file.read_row_group(group, columns=columns)
         self._groups.move_to_end(wanted)
-        while len(self._groups) > KEPT:
-            self._groups.popitem(last=False)
         return self._groups[wanted]
+
+    def _make_room(self, size: int) -> None:
+        """Forget row groups that were used longest ago, before one of `size` bytes is read."""
+        while self._groups:
+            taken = sum(table.nbytes for table in self._groups.values())
+            if len(self._groups) < KEPT and taken + size <= TOGETHER:
+                return
+            self._groups.popitem(last=False)
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[Any]:
