@@ -131,8 +131,11 @@ def test_a_tracker_gets_all_that_the_file_gets(tmp_path: Path) -> None:
         def write(self, step: int, values: Any) -> None:
             seen.append((step, dict(values)))
 
-        def picture(self, step: int, name: str, path: Path) -> None:
-            seen.append((step, name, path.name))
+        def picture(self, step: int, name: str, path: Path, *, caption: str = "") -> None:
+            seen.append((step, name, path.name, caption))
+
+        def artifact(self, name: str, folder: Path) -> None:
+            seen.append((name, folder.name))
 
         def close(self) -> None:
             seen.append(("closed",))
@@ -144,9 +147,15 @@ def test_a_tracker_gets_all_that_the_file_gets(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     with opened(tmp_path, tracking=Spying()) as log:
         log.stepped(0, 0, {"a": 1.0})
-        log.picture(1, "samples", tmp_path / "a.png")
+        log.picture(1, "samples", tmp_path / "a.png", caption="ema 1 NFE")
         log.picture(1, "samples", tmp_path / "none.png")
-    assert seen == [(0, {"a": 1.0}), (1, "samples", "a.png"), ("closed",)]
+        log.artifact("run", tmp_path)
+    assert seen == [
+        (0, {"a": 1.0}),
+        (1, "samples", "a.png", "ema 1 NFE"),
+        ("run", tmp_path.name),
+        ("closed",),
+    ]
 
 
 def test_modes_are_checked() -> None:
@@ -174,7 +183,12 @@ def tracked(run: Tiny) -> tuple[Path, str]:
         shutil.copytree(run.folder / "base", base)
     folder = run.folder / "tracked"
     words = [word for word in run.words(folder) if not word.startswith("tracking")]
-    more = ("tracking=wandb", f"init_from='{URL}'", "name='$(touch made); `x` ${seed} \"q\"'")
+    more = (
+        "tracking=wandb",
+        "tracking.artifacts=true",
+        f"init_from='{URL}'",
+        "name='$(touch made); `x` ${seed} \"q\"'",
+    )
     ended = run.program.run(*words, *more, "steps=2")
     assert ended.code == 0, ended.err
     return folder, ended.out + ended.err
@@ -186,6 +200,29 @@ def test_a_tracked_run_leaves_a_wandb_run_to_sync(tracked: tuple[Path, str]) -> 
     for word in (b"loss/total", b"eval/ema/nfe1/frechet", b"teacher_decay", b"twinflow"):
         assert word in data
     assert len(list(file.parent.rglob("*.png"))) == 2
+    assert b"raw 1 NFE" in data, "the columns of pictures are their captions"
+    assert b"diffusion_pytorch_model.safetensors" in data, "the export goes as an artifact"
+    commit = json.loads((tracked[0] / "manifest.json").read_text())["commit"]
+    assert commit is None or commit.encode() in data
+    assert file.name == f"run-{(tracked[0] / 'wandb' / 'id').read_text()}.wandb"
+
+
+def test_a_run_that_is_continued_is_the_same_wandb_run(tmp_path: Path) -> None:
+    for step in (0, 2):
+        with opened(tmp_path, step=step, tracking=WandB()) as log:
+            log.stepped(step, step, {"loss/total": 1.0 * step})
+    identity = (tmp_path / "wandb" / "id").read_text()
+    files = list((tmp_path / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb"))
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == len(files) >= 1
+
+
+def test_the_log_says_what_evaluating_took(tmp_path: Path) -> None:
+    with opened(tmp_path) as log:
+        log.began -= 100
+        log.write(0, 0, {"time/eval": 20.0, "eval/failed": 0.0})
+        assert "20.0 s, 20% of the time" in log.evaluated()
+        log.write(1, 8, {"time/eval": 30.0, "eval/failed": 1.0})
+        assert log.evaluated() == "evaluations took 50.0 s, 50% of the time; 1 of them failed"
 
 
 def test_no_file_and_no_line_holds_credentials(tracked: tuple[Path, str]) -> None:

@@ -90,7 +90,7 @@ def train(run: Run) -> int:
                     world=world,
                 )
                 log.write(progress.step, progress.samples, found.metrics())
-                log.picture(progress.step, "samples", found.picture)
+                log.picture(progress.step, "samples", found.picture, caption=found.caption)
             if done or stop:
                 break
             trace.at(progress.step)
@@ -106,7 +106,8 @@ def train(run: Run) -> int:
         summary = found.evaluation.summary() | {"name": run.name, "heldout": found.heldout}
         summary |= {"step": progress.step, "samples": progress.samples}
         export(run, engine, summary, folder, world)
-        log.tell(conclude(folder, summary, write=world.main))
+        log.artifact(run.name, folder / "export")
+        log.tell(conclude(folder, summary, write=world.main) + "\n" + log.evaluated())
         saves.finish()
         return 0
 

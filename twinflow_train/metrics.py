@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
+import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -31,8 +34,11 @@ class Sink:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Take numbers."""
 
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def picture(self, step: int, name: str, path: Path, *, caption: str = "") -> None:
         """Take an image file."""
+
+    def artifact(self, name: str, folder: Path) -> None:
+        """Take a folder of weights, if that is wanted."""
 
     def close(self) -> None:
         """Finish."""
@@ -56,13 +62,16 @@ class NoTracking(Tracking):
 class WandB(Tracking):
     """Weights & Biases. mode: offline (needs no account; sync later), online or disabled.
 
-    An online run that does not reach the server goes on offline.
+    An online run that does not reach the server goes on offline. A run that is continued keeps its
+    W&B id, and steps taken again have the same place on the axis of steps. artifacts: whether the
+    exported weights are sent too.
     """
 
     project: str = "twinflow"
     entity: str | None = None
     mode: str = "offline"
     tags: list[str] = field(default_factory=list)
+    artifacts: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in ("offline", "online", "disabled"):
@@ -80,10 +89,12 @@ class _WandBSink(Sink):
         # Heavy: only where it is wanted.
         import wandb
 
-        self._wandb = wandb
+        self._wandb, self._artifacts = wandb, options.artifacts
 
         def start(mode: str) -> Any:
             return wandb.init(
+                id=_identity(folder),
+                resume="allow" if mode == "online" else None,
                 project=options.project,
                 entity=options.entity,
                 mode=mode,  # type: ignore[arg-type]
@@ -120,11 +131,31 @@ class _WandBSink(Sink):
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, **values})
 
-    def picture(self, step: int, name: str, path: Path) -> None:
-        self._run.log({"step": step, name: self._wandb.Image(str(path))})
+    def picture(self, step: int, name: str, path: Path, *, caption: str = "") -> None:
+        self._run.log({"step": step, name: self._wandb.Image(str(path), caption=caption or None)})
+
+    def artifact(self, name: str, folder: Path) -> None:
+        if self._artifacts:
+            found = self._wandb.Artifact(_letters(name), type="model")
+            found.add_dir(str(folder))
+            self._run.log_artifact(found)
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _identity(folder: Path) -> str:
+    """Return the id of a run folder's W&B run, the same for each of its processes."""
+    path = folder / "wandb" / "id"
+    if not path.is_file():
+        with whole_file(path) as unfinished:
+            unfinished.write_text(secrets.token_hex(4))
+    return path.read_text().strip()
+
+
+def _letters(name: str) -> str:
+    """Return a name of the letters that artifacts may have."""
+    return re.sub(r"[^\w.-]", "-", name)[:100] or "run"
 
 
 def _line(error: Exception) -> str:
@@ -140,8 +171,11 @@ class _Spare(Sink):
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._try(lambda: self._sink.write(step, values))
 
-    def picture(self, step: int, name: str, path: Path) -> None:
-        self._try(lambda: self._sink.picture(step, name, path))
+    def picture(self, step: int, name: str, path: Path, *, caption: str = "") -> None:
+        self._try(lambda: self._sink.picture(step, name, path, caption=caption))
+
+    def artifact(self, name: str, folder: Path) -> None:
+        self._try(lambda: self._sink.artifact(name, folder))
 
     def close(self) -> None:
         self._try(self._sink.close)
@@ -200,19 +234,38 @@ class Log:
     file: _Lines | None
     bar: tqdm | None
     every: int = 1
+    began: float = field(default_factory=time.perf_counter)
+    evaluating: float = 0.0
+    failures: int = 0
 
     def write(self, step: int, samples: int, values: Mapping[str, float]) -> None:
         """Write one line of numbers that belong to the state after `step` steps."""
         if self.file is None:
             return
+        self.evaluating += values.get("time/eval", 0.0)
+        self.failures += int(values.get("eval/failed", 0.0))
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self.file.append(json.dumps({"step": step, "samples": samples, **finite}) + "\n")
         self.sink.write(step, values)
 
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def evaluated(self) -> str:
+        """Say which share of the time since the start went into evaluations."""
+        whole = time.perf_counter() - self.began
+        failed = f"; {self.failures} of them failed" if self.failures else ""
+        return (
+            f"evaluations took {self.evaluating:,.1f} s, {self.evaluating / whole:.0%} of the "
+            f"time{failed}"
+        )
+
+    def picture(self, step: int, name: str, path: Path, *, caption: str = "") -> None:
         """Pass on an image file."""
         if self.file is not None and path.is_file():
-            self.sink.picture(step, name, path)
+            self.sink.picture(step, name, path, caption=caption)
+
+    def artifact(self, name: str, folder: Path) -> None:
+        """Pass on a folder of weights."""
+        if self.file is not None:
+            self.sink.artifact(name, folder)
 
     def tell(self, text: str) -> None:
         """Print a line of text above the progress bar."""

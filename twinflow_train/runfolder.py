@@ -108,6 +108,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def about_code(folder: Path) -> dict[str, Any]:
+    """Return what a run's manifest says of the code and the libraries that it began with."""
+    said = read_manifest(folder)
+    return {"code": {key: said[key] for key in ("twinflow_train", "commit", "libraries")}}
+
+
 def _commit() -> str | None:
     """Return the checkout's commit, None outside a checkout or without git."""
     here = Path(__file__).parent

@@ -136,6 +136,28 @@ class Evaluation:
             for score, value in result.scores.items()
         }
 
+    def gaps(self) -> dict[str, float]:
+        """Return how far the network that goes out, averaged or not, is from the base.
+
+        eval/nfe1/gap: its Frechet distance minus the base's best one; below 0 it is the better one.
+        eval/nfe1/distance: the root mean square difference of its pictures from the base's with
+        most evaluations, of the same prompts and noise; two such maps need not agree to be good.
+        """
+        bases = [result for result in self.results if result.model == "base"]
+        models = {result.model for result in self.results}
+        ours = [r for r in self.results if r.model == ("ema" if "ema" in models else "raw")]
+        best = min((r.scores["frechet"] for r in bases if "frechet" in r.scores), default=None)
+        seen = [result for result in bases if result.key in self.pictures]
+        most = max(seen, key=lambda result: result.nfe, default=None)
+        found = {}
+        for result in ours:
+            if best is not None and "frechet" in result.scores:
+                found[f"eval/{result.sampler}/gap"] = result.scores["frechet"] - best
+            if most is not None and result.key in self.pictures:
+                apart = self.pictures[result.key].float() - self.pictures[most.key].float()
+                found[f"eval/{result.sampler}/distance"] = float(apart.square().mean().sqrt())
+        return found
+
     def summary(self) -> dict[str, Any]:
         """Return the JSON object that `summary.json` takes: `results` and, if known, `real`."""
         rows = {"results": [result.row() for result in self.results]}

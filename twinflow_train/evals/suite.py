@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from twinflow_train.batch import Condition, Velocity
-from twinflow_train.data.sample import Sample, condition_of
+from twinflow_train.batch import Velocity
 from twinflow_train.data.shards import ShardSet
 from twinflow_train.dist import World
 from twinflow_train.errors import UserError
 from twinflow_train.evals import metrics
+from twinflow_train.evals.agreed import agreed
 from twinflow_train.evals.deal import Deal
+from twinflow_train.evals.drawing import Drawing
 from twinflow_train.evals.judge import Judge, labelled
 from twinflow_train.evals.results import Evaluation, Result, short_name
-from twinflow_train.flow.sampler import Sampler, sample
-from twinflow_train.rng import digest, generator
+from twinflow_train.flow.sampler import Sampler
 
 Networks = Mapping[str, Velocity]
 """Networks by the name of their role: `base`, `raw`, `ema`; in the same order on every rank."""
@@ -112,7 +110,7 @@ class Digits(Evals):
         seconds_per_image is the clock time of sampling on one device, averaged over ranks. Raises
         UserError if there is no judge or the held-out data are not labelled 28x28 images.
         """
-        exam = _Exam.prepare(self, heldout, world)
+        exam = agreed(world, lambda: _Exam.prepare(self, heldout, world))
         results, pictures = [], {}
         for model, velocity in networks.items():
             for sampler in samplers:
@@ -125,20 +123,6 @@ class Digits(Evals):
         return replace(exam.about, results=results, pictures=pictures)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Call:
-    """The inputs of the images that a rank generates together."""
-
-    numbers: list[int]
-    seed: int
-    noise: Float[Tensor, "b 1 28 28"]
-    cond: Condition
-
-    def eps(self, step: int) -> Float[Tensor, "b 1 28 28"]:
-        """Draw the fresh noise of a stochastic step."""
-        return _noise("eval-eps", self.seed, self.numbers, step).to(self.noise.device)
-
-
 @dataclass(kw_only=True)
 class _Exam:
     """What one evaluation holds ready: this rank's prompts, the judge, and real images to compare.
@@ -146,9 +130,7 @@ class _Exam:
     labels: of all images; shown: the numbers of those in the picture.
     """
 
-    suite: Digits
-    heldout: ShardSet
-    deal: Deal
+    drawing: Drawing
     judge: Judge
     labels: Int[Tensor, " images"]
     real_features: Float[Tensor, "reals features"]
@@ -167,10 +149,15 @@ class _Exam:
         shown = [found.index(label) for label in sorted(set(found))][: suite.rows]
         with torch.no_grad():
             _, features = judge(reals.to(world.device))
-        return _Exam(
-            suite=suite,
+        drawing = Drawing(
             heldout=heldout,
             deal=Deal(count=suite.images, world=world),
+            seed=suite.seed,
+            batch=suite.batch,
+        )
+        _ = drawing.calls  # read now: a set that cannot be read fails here, on all ranks
+        return _Exam(
+            drawing=drawing,
             judge=judge,
             labels=labels,
             real_features=features.cpu(),
@@ -178,28 +165,20 @@ class _Exam:
             shown=shown,
             about=Evaluation(
                 real={"accuracy": judge.accuracy, "frechet": judge.frechet},
-                captions=[_prompt(suite, heldout, image).caption for image in shown],
+                captions=[drawing.prompt(image).caption for image in shown],
                 reals=reals[[image % len(reals) for image in shown]],
             ),
         )
 
     def generate(self, velocity: Velocity, sampler: Sampler) -> tuple[Tensor, float]:
         """Generate this rank's images, and say how many seconds each took."""
-        parts, seconds = [], 0.0
-        for call in self.calls:
-            began = self._now()
-            parts.append(
-                sample(velocity, call.noise, call.cond, sampler, null=self.null, eps=call.eps)
-            )
-            seconds += self._now() - began
-        mine = torch.cat(parts).clamp(-1, 1)
-        each = torch.tensor(seconds / len(mine), device=mine.device)
-        return mine, float(self.deal.world.gather(each).mean())
+        mine, seconds = self.drawing.latents(velocity, sampler)
+        return mine.clamp(-1, 1), seconds
 
     def score(self, mine: Float[Tensor, "mine 1 28 28"]) -> dict[str, float]:
         """Score all ranks' images; collective."""
         with torch.no_grad():
-            logits, features = (self.deal.collect(part).cpu() for part in self.judge(mine))
+            logits, features = (self.drawing.deal.collect(part).cpu() for part in self.judge(mine))
         return {
             "accuracy": metrics.accuracy(logits, self.labels),
             "frechet": metrics.frechet(features, self.real_features),
@@ -210,42 +189,4 @@ class _Exam:
 
     def picture(self, mine: Float[Tensor, "mine 1 28 28"]) -> Float[Tensor, "rows 1 28 28"]:
         """Bring together the images of the picture; collective."""
-        return self.deal.collect(mine)[self.shown].cpu()
-
-    @cached_property
-    def calls(self) -> list[_Call]:
-        """Read this rank's prompts and draw its noise, once for all networks and samplers."""
-        return [
-            _Call(
-                numbers=numbers,
-                seed=self.suite.seed,
-                noise=_noise("eval", self.suite.seed, numbers).to(self.deal.world.device),
-                cond=condition_of(
-                    [_prompt(self.suite, self.heldout, number) for number in numbers]
-                ).to(self.deal.world.device),
-            )
-            for numbers in self.deal.chunks(self.suite.batch)
-        ]
-
-    @cached_property
-    def null(self) -> Condition:
-        """The null prompt on the device."""
-        return self.heldout.null.to(self.deal.world.device)
-
-    def _now(self) -> float:
-        """Read the clock once the device has done what it was given."""
-        if self.deal.world.device.type != "cpu":
-            torch.accelerator.synchronize(self.deal.world.device)
-        return time.perf_counter()
-
-
-def _prompt(suite: Digits, heldout: ShardSet, number: int) -> Sample:
-    """Read the held-out sample of an image, with one of its captions."""
-    caption = digest("eval-caption", suite.seed, number)
-    return heldout.read(number % len(heldout), caption=caption)
-
-
-def _noise(use: str, seed: int, numbers: list[int], *path: int) -> Float[Tensor, "b 1 28 28"]:
-    """Draw each image's own noise."""
-    draws = [generator(use, seed, number, *path) for number in numbers]
-    return torch.stack([torch.randn(1, 28, 28, generator=draw) for draw in draws])
+        return self.drawing.deal.collect(mine)[self.shown].cpu()

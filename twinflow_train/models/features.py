@@ -217,3 +217,18 @@ def _loaded(path: str, net: Any, prepare: Any) -> tuple[Any, Any]:
         raise UserError(
             f"features.path: {path} cannot be loaded ({' '.join(str(error).split())})"
         ) from error
+
+
+def features_at(path: str) -> Features:
+    """Tell which network a file or a folder holds; UserError if it is none that is known."""
+    if Path(path).suffix == ".pt":
+        return Inception(path=path)
+    config = Path(path) / "config.json"
+    kinds = {"dinov2": DINOv2, "clip": CLIP}
+    try:
+        return kinds[json.loads(config.read_text())["model_type"]](path=path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"evals.features: {path} is neither a folder of DINOv2 or CLIP nor Inception's "
+            "TorchScript file"
+        ) from error
