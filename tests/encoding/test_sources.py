@@ -264,7 +264,10 @@ def test_large_row_groups_are_in_memory_one_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int, most: int
 ) -> None:
     monkeypatch.setattr(parquet, "TOGETHER", together)
-    columns = {"text": [f"prompt {n}" for n in range(12)], "image_bytes": [PNG] * 12}
+    columns: dict[str, list[Any]] = {
+        "text": [f"prompt {n}" for n in range(12)],
+        "image_bytes": [PNG] * 12,
+    }
     path = write_parquet(tmp_path / "1.parquet", columns)
     names = {"text": "text", "image": "image_bytes"}
     rows = parquet.Rows(tmp_path, names)
