@@ -46,7 +46,9 @@ from twinflow_train.objectives.twinflow import TwinFlow
 from twinflow_train.plain import plain
 from twinflow_train.planner import cost, gpus, rows_by_pass
 from twinflow_train.planner.flops import Work, work
+from twinflow_train.planner.settings import Plans
 from twinflow_train.planner.speed import Meter
+from twinflow_train.planner.start import refuse_unfit
 from twinflow_train.profiler import Profile
 from twinflow_train.runfolder import about_code
 from twinflow_train.scrub import scrub
@@ -81,7 +83,7 @@ class Run:
     to start from: a diffusers folder, the export of a run, or REPOSITORY or REPOSITORY@REVISION of
     the Hugging Face hub; null starts from random weights.
     adapter: what of the model is trained. average: how averaged networks are held. faults: what the
-    run puts up with. profile: which steps are traced.
+    run puts up with. profile: which steps are traced. plan: whether it fits.
     """
 
     name: str = "run"
@@ -107,6 +109,7 @@ class Run:
     average: Averages = field(default_factory=Averages)
     faults: Faults = field(default_factory=Faults)
     profile: Profile = field(default_factory=Profile)
+    plan: Plans = field(default_factory=Plans)
     data: Shards = MISSING
     evals: Evals = MISSING
     tracking: Tracking = MISSING
@@ -203,6 +206,7 @@ class Run:
                 f"{there.pooled_width}), the training set of {form.text_width} (pooled: "
                 f"{form.pooled_width}): prepare both with the same encoders"
             )
+        refuse_unfit(self, world)
         if self.checkpoints is not None:
             refuse_unusable(self.checkpoints, empty=self.resume is Resume.never, world=world)
 

@@ -27,10 +27,10 @@ from twinflow_train.planner.memory import Job, latent_side, memory
 from twinflow_train.planner.plan import plan, remedies, unfit
 from twinflow_train.planner.report import lines
 
-STEPS = 2
+STEPS = 1
 
 
-def job(*, layers: int = 4, heads: int = 8, ranks: int = 1, **changes: Any) -> Job:
+def job(*, layers: int = 4, heads: int = 6, ranks: int = 1, **changes: Any) -> Job:
     """Give a job of a network in which state, blocks and activations all matter."""
     usual: dict[str, Any] = {
         "model": QwenImage(
@@ -91,13 +91,9 @@ def measured(world: World, wanted: Job) -> int:
 
 
 ALONE = {
-    "kept": job(engine=FSDP2(recompute=0), micro_batch=2),
-    "gathered": job(engine=FSDP2(reshard=False, precision=Precision.fp32), micro_batch=2),
-    "deep": job(layers=8, heads=6),
-    "lora": job(adapter=LoRA(rank=8, alpha=8)),
-    "sana": job(
-        model=Sana(layers=4, heads=8, head_dim=32, cross_heads=4, text_width=64, channels=4)
-    ),
+    "kept": job(engine=FSDP2(recompute=0), micro_batch=2, batch=4),
+    "recomputed": job(micro_batch=4, batch=4),
+    "lora": job(adapter=LoRA(rank=8, alpha=8), micro_batch=4, batch=4),
 }
 
 
