@@ -188,7 +188,8 @@ def test_the_index_tells_where_every_number_is(lives: Lives, ranks: int) -> None
     seal = json.loads((folder / "COMPLETE").read_text())
     assert seal == {"version": 1, "index": hashlib.sha256(text).hexdigest()}
     index = json.loads(text)
-    assert index["progress"] == {"step": SAVED, "samples": SAVED * BATCH}
+    there = {"step": SAVED, "samples": SAVED * BATCH}
+    assert {key: index["progress"][key] for key in there} == there
     assert (index["updates"], index["run"], index["version"]) == (SAVED, IDENTITY, 1)
     for name, digest in index["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest

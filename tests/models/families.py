@@ -202,7 +202,7 @@ FAMILIES = {
         frozen=("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
         released=(
             Released(
-                model=QwenImageEdit(zero_cond_t=True), stock=20_430_401_088, second=10_229_760,
+                model=QwenImageEdit(), stock=20_430_401_088, second=10_229_760,
                 block=339_831_296,
             ),
         ),
