@@ -17,7 +17,8 @@ the repository's top.
   --head HOST:PORT  where the nodes meet: any one of them and a free port (needed for 2 or more)
   --id TEXT         name of the meeting, the same on all nodes (default: twinflow)
   --restarts N      how often a crash starts all ranks anew, from the last checkpoint (default: 3)
-  --preflight WHEN  on: compare the nodes before the start; off (default: on for 2 nodes or more)
+  --preflight WHEN  on: compare the nodes before the start; off (default: on for 2 nodes or more,
+                    off for MIN:MAX, whose nodes need not come at once)
   --entry NAME      another module to start, of twinflow_train unless it has a dot (default: train)
   --dry-run         print the command and do not start it
   --help            show this text
@@ -73,7 +74,7 @@ for number in ${nodes/:/ }; do count --nodes "$number"; done
 most=${nodes#*:}
 ((${nodes%:*} <= most)) || fail "--nodes MIN:MAX needs MIN <= MAX, got '$nodes'"
 [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts must be a number, got '$restarts'"
-((most == 1)) || : "${preflight:=on}"
+[[ $nodes == 1 || $nodes == *:* ]] || : "${preflight:=on}"
 : "${preflight:=off}"
 [[ $preflight == on || $preflight == off ]] || fail "--preflight must be on or off, got '$preflight'"
 PYTHON=$(interpreter)
