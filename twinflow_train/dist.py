@@ -7,7 +7,7 @@ import resource
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -23,13 +23,14 @@ class World:
     """This process among all: `rank` of `size`, computing on `device`.
 
     group: through which they talk, None for the one that `start` joined. Two threads may not talk
-    through one group: see `aside`.
+    through one group: see `aside`. patience_seconds: in which a collective ends or fails.
     """
 
     rank: int
     size: int
     device: torch.device
     group: torch_dist.ProcessGroup | None = None
+    patience_seconds: float = 600.0
 
     @property
     def main(self) -> bool:
@@ -73,12 +74,12 @@ class World:
     def aside(self) -> World:
         """Form a second group of the same processes, on the CPU, for one other thread; collective.
 
-        Its collectives wait for the slowest process for up to an hour.
+        Its collectives wait six times as long for the slowest process.
         """
-        group = None
+        patience, group = 6 * self.patience_seconds, None
         if self.size > 1:
-            group = torch_dist.new_group(backend="gloo", timeout=timedelta(hours=1))
-        return World(rank=self.rank, size=self.size, device=torch.device("cpu"), group=group)
+            group = torch_dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+        return replace(self, device=torch.device("cpu"), group=group, patience_seconds=patience)
 
     def peak_memory(self) -> int:
         """Return the most bytes this process has held: on its GPU, or resident on the CPU."""
@@ -131,12 +132,12 @@ def record_collectives(folder: Path) -> None:
 
 
 @contextmanager
-def start(records: Path | None = None) -> Iterator[World]:
+def start(records: Path | None = None, *, patience_seconds: float = 600.0) -> Iterator[World]:
     """Join the process group that torchrun describes, or a group of one, and leave it at the end.
 
     Uses nccl with one GPU a process where there are GPUs, else gloo on the CPU. A collective that
-    takes ten minutes fails. records: where a record of the last ones goes then (see
-    `record_collectives`).
+    takes longer than `patience_seconds` fails. records: where a record of the last ones goes then
+    (see `record_collectives`).
     """
     watch_signals()
     if records is not None:
@@ -150,9 +151,13 @@ def start(records: Path | None = None) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     store = torch_dist.HashStore() if "RANK" not in os.environ else None
     torch_dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=10)
+        backend,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=patience_seconds),
     )
     try:
-        yield World(rank=rank, size=size, device=device)
+        yield World(rank=rank, size=size, device=device, patience_seconds=patience_seconds)
     finally:
         torch_dist.destroy_process_group()

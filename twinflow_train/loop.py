@@ -56,7 +56,7 @@ def train(run: Run) -> int:
     code of their own.
     """
     with ExitStack() as stack:
-        world = stack.enter_context(dist.start(Path(run.folder) / "stacks"))
+        world = stack.enter_context(run.world())
         run.check(world)
         folder = stack.enter_context(run_folder(run.folder, world))
         engine = run.shard(world)

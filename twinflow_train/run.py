@@ -18,7 +18,7 @@ from omegaconf import MISSING, OmegaConf
 from twinflow_train.checkpoint import Checkpoints, Progress, refuse_unusable
 from twinflow_train.data.loader import Shards
 from twinflow_train.deal import Deal
-from twinflow_train.dist import World
+from twinflow_train.dist import World, start
 from twinflow_train.engines.average import Averages
 from twinflow_train.engines.base import Engine, Sharded
 from twinflow_train.engines.fsdp2 import FSDP2
@@ -209,6 +209,10 @@ class Run:
         refuse_unfit(self, world)
         if self.checkpoints is not None:
             refuse_unusable(self.checkpoints, empty=self.resume is Resume.never, world=world)
+
+    def world(self) -> AbstractContextManager[World]:
+        """Join the other processes."""
+        return start(Path(self.folder) / "stacks", patience_seconds=self.faults.patience_seconds)
 
     def shard(self, world: World) -> Sharded:
         """Build the sharded student and its teacher."""

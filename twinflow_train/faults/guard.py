@@ -69,13 +69,19 @@ class Guard:
         mine = json.dumps(_suspects(batches, rows))
         ranks = [json.loads(text) for text in self.world.gather_texts(mine)]
         samples = [one | {"rank": rank} for rank, found in enumerate(ranks) for one in found]
-        worst = [one for one in samples if one["loss"] is None] or samples
+        broken = [one for one in samples if one["loss"] is None]
+        worst = broken or sorted(samples, key=lambda one: -one["loss"])
         budget = f"({self.record.in_row} in a row, faults.budget = {self.faults.budget})"
         done = "it was taken" if updated else f"nothing was updated {budget}"
         if self.world.main:
             log.warning(
                 "step %d: %s; %s. %s: %s",
-                *(step, what, done, "Samples" if worst == samples else "Not finite in"),
+                *(
+                    step,
+                    what,
+                    done,
+                    "Not finite in" if broken else "Samples of the greatest losses",
+                ),
                 listed(f"{one['key']} (rank {one['rank']})" for one in worst),
             )
         self.note(step, what, taken=updated, loss=loss, norm=norm, samples=worst)

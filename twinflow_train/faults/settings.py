@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from twinflow_train.errors import check
 
+SHORTEST_SECONDS, LONGEST_SECONDS = 60.0, 30 * 86400.0
+"""Of a collective's patience: ranks may start and load at different times."""
+
 
 @dataclass(kw_only=True)
 class Faults:
@@ -17,7 +20,9 @@ class Faults:
     report_above, skip_above: report or skip a step whose loss or gradient norm is more than so many
         median deviations above the median of the last ones; 0 is never.
     hang_seconds: what a step may take before the process ends, with a code that says "hung"; less
-        once there is a usual time (see `Watchdog`). 0 is without end.
+        once there is a usual time (see `Watchdog`). Also what any collective may take before it
+        fails, at least a minute, and six times that while a checkpoint is written. 0 is without
+        end.
     slow_above: name a rank that takes more than so many times the ranks' median; 0 is never.
     """
 
@@ -27,6 +32,11 @@ class Faults:
     skip_above: float = 0.0
     hang_seconds: float = 600.0
     slow_above: float = 1.5
+
+    @property
+    def patience_seconds(self) -> float:
+        """Seconds that any one collective may take, also where no step is being taken."""
+        return max(self.hang_seconds, SHORTEST_SECONDS) if self.hang_seconds else LONGEST_SECONDS
 
     def __post_init__(self) -> None:
         rules = [

@@ -126,7 +126,7 @@ class Watchdog:
         text = f"error: rank {self._world.rank}: {what}; see {self._folder}\n"
         os.write(2, text.encode())  # past every lock that the main thread may hold
         self._write(what)
-        time.sleep(min(GRACE_SECONDS, self._longest / 10))
+        time.sleep(min(GRACE_SECONDS, self._longest / 2))
         os._exit(HUNG)
 
     def _write(self, what: str) -> None:
