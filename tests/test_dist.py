@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from tests import helpers, typing_hook
 from tests.helpers import RankError, spawn
@@ -157,3 +160,31 @@ def test_a_vanished_rank_is_noticed() -> None:
 def test_spawned_processes_check_types_too() -> None:
     with pytest.raises(RankError, match="BeartypeCallHintParamViolation"):
         spawn(wrong_type, 1)
+
+
+def test_processes_that_are_started_again_do_not_meet_the_dead() -> None:
+    """With the store that torchrun keeps, and rank 0 the last to come."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    seen: list[set[str]] = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            found = [pool.submit(met, server.port, rank, 3, 0.2 * (rank == 0)) for rank in range(3)]
+            seen.append({each.result() for each in found})
+    assert [len(each) for each in seen] == [1, 1, 1]
+    assert len(set.union(*seen)) == 3
+
+
+def met(port: int, rank: int, size: int, late_seconds: float) -> str:
+    """Meet the others, and return what rank 0 says to them."""
+    time.sleep(late_seconds)
+    store = TCPStore("127.0.0.1", port, timeout=timedelta(seconds=20))
+    part = dist.meet(store, rank=rank, size=size, patience_seconds=20)
+    if rank == 0:
+        part.set("word", str(time.monotonic_ns()))
+    return part.get("word").decode()
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(TimeoutError, match=r"ranks \[1, 2\] did not come in 0.2 s"):
+        dist.meet(server, rank=0, size=3, patience_seconds=0.2)

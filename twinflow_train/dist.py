@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
+import secrets
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -111,6 +113,37 @@ def stopping(world: World) -> bool:
     return world.any(_Stop.asked)
 
 
+def meet(
+    store: torch_dist.Store, *, rank: int, size: int, patience_seconds: float
+) -> torch_dist.Store:
+    """Return a part of a store that only these processes use. Collective.
+
+    torchrun starts processes again with the store that it has, and what is in there of the dead
+    would be taken for the living. So each rank says hello by a word of its own, and rank 0 answers
+    every hello that it finds, old ones too, with its word, until each rank has used that.
+
+    Raises:
+        TimeoutError: a rank did not come.
+    """
+    own = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f"hello/{rank}", own)
+        common = store.get(f"welcome/{own}").decode()
+        store.set(f"here/{common}/{rank}", "")
+        return torch_dist.PrefixStore(common, store)
+    missing, deadline = set(range(1, size)), time.monotonic() + patience_seconds
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"hello/{other}"]):
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
+            if store.check([f"here/{own}/{other}"]):
+                missing.remove(other)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {sorted(missing)} did not come in {patience_seconds:g} s")
+        time.sleep(0.01)
+    return torch_dist.PrefixStore(own, store)
+
+
 def collectives(world: World) -> bytes:
     """Return what torch's flight recorder has of the last collectives, as its tools read it."""
     library: Any = torch._C._distributed_c10d
@@ -149,14 +182,12 @@ def start(records: Path | None = None, *, patience_seconds: float = 600.0) -> It
     if gpu:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-    store = torch_dist.HashStore() if "RANK" not in os.environ else None
-    torch_dist.init_process_group(
-        backend,
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=patience_seconds),
-    )
+    timeout = timedelta(seconds=patience_seconds)
+    store: torch_dist.Store = torch_dist.HashStore()
+    if "RANK" in os.environ:
+        store, *_ = next(torch_dist.rendezvous("env://", rank, size, timeout=timeout))
+        store = meet(store, rank=rank, size=size, patience_seconds=patience_seconds)
+    torch_dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield World(rank=rank, size=size, device=device, patience_seconds=patience_seconds)
     finally:

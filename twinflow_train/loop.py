@@ -74,7 +74,8 @@ def train(run: Run) -> int:
         steps = partial(prepare, run, world)
         feed = stack.enter_context(Feed(steps=steps, world=world, budget=run.data.skip_budget))
         while True:
-            done, stop = progress.step >= run.steps, dist.stopping(world)
+            with safe.watchdog.waiting("the others"):
+                done, stop = progress.step >= run.steps, dist.stopping(world)
             due = progress.every(run.save_every) and not progress.faults.in_row
             if done or stop or due:
                 saves.write()
@@ -145,7 +146,7 @@ def learn(
     The loss is read before the update: one that is not finite, on any rank, forbids it on all.
     """
     updates, began = engine.updates, time.perf_counter()
-    with safe.watchdog.waiting():
+    with safe.watchdog.waiting("data"):
         prepared = feed.take(progress.position)
     waited = time.perf_counter() - began
     with safe.watchdog.step():

@@ -61,7 +61,7 @@ def takes_its_time(world: World, folder: Path) -> float:
             with dog.step():
                 world.barrier()
             time.sleep(1.5)
-        with dog.waiting():
+        with dog.waiting("data"):
             pass
     return time.monotonic() - began
 
@@ -70,7 +70,7 @@ def hands_the_lock_back(world: World, folder: Path) -> None:
     """Hang while another thread holds what a log needs, and with data instead of a step."""
     held = threading.Lock()
     held.acquire()
-    with Watchdog(1.0, folder=folder, world=world) as dog, dog.waiting():
+    with Watchdog(1.0, folder=folder, world=world) as dog, dog.waiting("data"):
         held.acquire()
 
 

@@ -41,7 +41,7 @@ class _Task:
 
 
 class Watchdog:
-    """Ends this process when waiting for data or a step takes too long.
+    """Ends this process when a step, or waiting for its data or the others, takes too long.
 
     Saving, evaluating and loading take the time they take, and are not watched: their collectives
     have a limit of their own (see `dist.start`). Time in which this process was stopped does not
@@ -82,9 +82,9 @@ class Watchdog:
         return min(self._longest, max(LEAST_SECONDS, TIMES * median(self._seconds)))
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Wait for data, which have their own patience: no less than the whole time."""
-        with self._during("waiting for data", self._longest):
+    def waiting(self, what: str) -> Iterator[None]:
+        """Wait for something that has a patience of its own: no less than the whole time."""
+        with self._during(f"waiting for {what}", self._longest):
             yield
 
     @contextmanager
