@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -25,14 +25,13 @@ class World:
     """This process among all: `rank` of `size`, computing on `device`.
 
     group: through which they talk, None for the one that `start` joined. Two threads may not talk
-    through one group: see `aside`. patience_seconds: in which a collective ends or fails.
+    through one group: see `aside`.
     """
 
     rank: int
     size: int
     device: torch.device
     group: torch_dist.ProcessGroup | None = None
-    patience_seconds: float = 600.0
 
     @property
     def main(self) -> bool:
@@ -73,15 +72,16 @@ class World:
         """Wait for all processes."""
         self.any(False)
 
-    def aside(self) -> World:
+    def aside(self, *, patience_seconds: float = 3600.0) -> World:
         """Form a second group of the same processes, on the CPU, for one other thread; collective.
 
-        Its collectives wait six times as long for the slowest process.
+        Its collectives wait for the slowest process for up to `patience_seconds`.
         """
-        patience, group = 6 * self.patience_seconds, None
+        group = None
         if self.size > 1:
-            group = torch_dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
-        return replace(self, device=torch.device("cpu"), group=group, patience_seconds=patience)
+            timeout = timedelta(seconds=patience_seconds)
+            group = torch_dist.new_group(backend="gloo", timeout=timeout)
+        return World(rank=self.rank, size=self.size, device=torch.device("cpu"), group=group)
 
     def peak_memory(self) -> int:
         """Return the most bytes this process has held: on its GPU, or resident on the CPU."""
@@ -189,6 +189,6 @@ def start(records: Path | None = None, *, patience_seconds: float = 600.0) -> It
         store = meet(store, rank=rank, size=size, patience_seconds=patience_seconds)
     torch_dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(rank=rank, size=size, device=device, patience_seconds=patience_seconds)
+        yield World(rank=rank, size=size, device=device)
     finally:
         torch_dist.destroy_process_group()

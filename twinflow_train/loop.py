@@ -56,7 +56,8 @@ def train(run: Run) -> int:
     code of their own.
     """
     with ExitStack() as stack:
-        world = stack.enter_context(run.world())
+        records, patience = Path(run.folder) / "stacks", run.faults.patience_seconds
+        world = stack.enter_context(dist.start(records, patience_seconds=patience))
         run.check(world)
         folder = stack.enter_context(run_folder(run.folder, world))
         engine = run.shard(world)

@@ -18,7 +18,7 @@ from omegaconf import MISSING, OmegaConf
 from twinflow_train.checkpoint import Checkpoints, Progress, refuse_unusable
 from twinflow_train.data.loader import Shards
 from twinflow_train.deal import Deal
-from twinflow_train.dist import World, start
+from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages
 from twinflow_train.engines.base import Engine, Sharded
 from twinflow_train.engines.fsdp2 import FSDP2
@@ -210,10 +210,6 @@ class Run:
         if self.checkpoints is not None:
             refuse_unusable(self.checkpoints, empty=self.resume is Resume.never, world=world)
 
-    def world(self) -> AbstractContextManager[World]:
-        """Join the other processes."""
-        return start(Path(self.folder) / "stacks", patience_seconds=self.faults.patience_seconds)
-
     def shard(self, world: World) -> Sharded:
         """Build the sharded student and its teacher."""
         decay = self.objective.teacher_decay
@@ -248,6 +244,7 @@ class Run:
             defaults=self.defaults(),
             keep=self.keep_last,
             keep_every=self.keep_every,
+            patience_seconds=self.faults.saving_seconds,
         )
 
     def log(self, folder: Path, progress: Progress, world: World) -> AbstractContextManager[Log]:

@@ -82,7 +82,8 @@ class Checkpoints:
 
     folder: a path or URL. identity: what defines the run, as nested plain values; a checkpoint
     of another identity is refused. defaults: values of the identity's keys where an older program
-    did not write them yet. keep, keep_every: see `Keep`.
+    did not write them yet. keep, keep_every: see `Keep`. patience_seconds: for the
+    slowest rank's part, once one has written its own.
     """
 
     folder: Path | str
@@ -93,10 +94,11 @@ class Checkpoints:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     keep: int = 2
     keep_every: int = 0
+    patience_seconds: float = 3600.0
 
     def __post_init__(self) -> None:
         self._top = Place.of(self.folder)
-        self._aside = self.world.aside()
+        self._aside = self.world.aside(patience_seconds=self.patience_seconds)
         self._copy = HostCopy(pinned=self.world.device.type == "cuda")
         # The step last saved, being saved or resumed. Step 0 needs none: a start makes it again.
         self._last: int | None = 0

@@ -38,6 +38,11 @@ class Faults:
         """Seconds that any one collective may take, also where no step is being taken."""
         return max(self.hang_seconds, SHORTEST_SECONDS) if self.hang_seconds else LONGEST_SECONDS
 
+    @property
+    def saving_seconds(self) -> float:
+        """The same where a checkpoint is written: disks differ more than GPUs."""
+        return max(self.patience_seconds, 6 * self.hang_seconds)
+
     def __post_init__(self) -> None:
         rules = [
             (key, vars(self)[key] >= 0, "0 or more")
