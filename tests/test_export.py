@@ -92,6 +92,16 @@ def test_a_whole_pipeline_loads_in_plain_diffusers_and_in_ours(made: Path, tmp_p
         export(
             made, weights=None, step=None, dtype="fp32", out=out, pipeline=str(tmp_path / "nowhere")
         )
+    index = tiny / "model_index.json"
+    for old, new in (("QwenImagePipeline", "SanaPipeline"), ("QwenImageTransformer2D", "Sana")):
+        text = index.read_text()
+        index.unlink()  # or the linked one would change with it
+        index.write_text(text.replace(old, new))
+        other = tmp_path / "other"
+        with pytest.raises(UserError, match="give the pipeline of their base"):
+            export(made, weights=None, step=None, dtype="fp32", out=other, pipeline=str(tiny))
+        assert not other.exists()
+        index.write_text(text)
 
 
 def test_the_card_is_made_of_what_the_run_says(made: Path) -> None:

@@ -20,7 +20,7 @@ from twinflow_train.checkpoint import choose, kinds, whole
 from twinflow_train.errors import UserError
 from twinflow_train.models.adapter import Adapter, NoAdapter, Tensors
 from twinflow_train.models.base import Model
-from twinflow_train.models.hub import complete, located
+from twinflow_train.models.hub import complete, located, pipeline_at
 from twinflow_train.models.lora import LoRA, fingerprint
 from twinflow_train.reporting import card, summary
 from twinflow_train.run import adapter_of, model_of
@@ -70,9 +70,17 @@ def export(
         raise UserError(
             "--pipeline wants a whole network: add --merge to put the LoRA into its base"
         )
-    adapter.save(folder, model, tensors, dtype=DTYPES[dtype])
+    around = None
     if pipeline is not None:
-        complete(folder, pipeline, key="--pipeline")
+        around = pipeline_at(
+            pipeline,
+            transformer=model.stock_config()["_class_name"],
+            pipelines=model.pipelines,
+            key="--pipeline",
+        )
+    adapter.save(folder, model, tensors, dtype=DTYPES[dtype])
+    if around is not None:
+        complete(folder, around)
     card.write(
         folder,
         manifest=manifest,

@@ -241,3 +241,47 @@ def test_released_folders_are_told_apart(tmp_path: Path) -> None:
         assert (type(found.model), found.samplers) == (type(model), ())
         assert isinstance(found.encoders, QwenImageEncoders)
         assert found.encoders.edits == isinstance(model, QwenImageEdit)
+
+
+# Places that are not whole
+
+
+def write_export(folder: Path, source: Path) -> Path:
+    """Write what an export holds beside the weights."""
+    shutil.copytree(source / "transformer", folder / "transformer")
+    settings = [vars(sampler) | {"style": sampler.style.name} for sampler in FEW.values()]
+    (folder / "sampler.json").write_text(json.dumps(settings))
+    model = {k: v for k, v in vars(SIZE).items() if k != "target_time"} | {"_type": "QwenImage"}
+    (folder / "model.json").write_text(json.dumps({"model": model, "encoder": "a/b"} | REVISION))
+    return folder
+
+
+REVISION = {"revision": "sha256:0", "null_prompt": ""}
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("model.json", "{"), ("model.json", "[]"), ("model.json", "{}"),
+        ("sampler.json", "{"), ("sampler.json", '[{"style": "few", "speed": 1}]'),
+        ("sampler.json", "[{}]"), ("transformer/config.json", "[]"),
+        ("transformer/diffusion_pytorch_model.safetensors.index.json", "{}"),
+        ("model_index.json", "{"), ("model_index.json", "[]"),
+    ],
+)  # fmt: skip
+def test_damaged_files_are_named(released: Path, tmp_path: Path, file: str, text: str) -> None:
+    folder = write_export(tmp_path / "export", released)
+    assert find(str(folder)).samplers == tuple(FEW.values())
+    (folder / file).write_text(text)
+    if file == "model_index.json":
+        (folder / "model.json").unlink()
+    with pytest.raises(UserError, match=r"damaged|other model"):
+        find(str(folder)).network(device=CPU, dtype=torch.float32)
+
+
+def test_of_a_lora_run_the_merged_export_is_taken(released: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    merged = write_export(tmp_path / "export-00000002-ema-merged", released)
+    lora = write_export(tmp_path / "export", released)
+    shutil.rmtree(lora / "transformer")
+    assert find(str(tmp_path)).folder == merged

@@ -103,6 +103,15 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "out" / "grid.png").exists()
 
 
+def test_a_prompt_may_be_longer_than_a_file_name(
+    sample: Program, base: Path, tmp_path: Path
+) -> None:
+    prompt = "a very red apple " * 20
+    ended = sample.run(*words(base, tmp_path, f"prompts={prompt}"))
+    assert (ended.code, ended.errors) == (0, [])
+    assert records(tmp_path)[0]["prompt"] == prompt.strip()
+
+
 def test_from_has_to_be_given(sample: Program) -> None:
     refused(sample.run("prompts=a"), "from has no value: give from=...")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from twinflow_train.batch import Condition, Velocity
 from twinflow_train.errors import UserError
+from twinflow_train.models.hub import read_index
 from twinflow_train.models.two_times import (
     Clock,
     SecondEmbedder,
@@ -173,11 +173,9 @@ class Model(ABC):
 
     def describes(self, folder: Path) -> bool:
         """Tell whether a diffusers folder is of this model, by what it says and not its weights."""
-        index = folder / "model_index.json"
-        if self.pipelines and index.is_file():
-            pipeline = json.loads(index.read_text()).get("_class_name")
-            if pipeline not in self.pipelines:
-                return False
+        kind = read_index(folder).get("_class_name")
+        if self.pipelines and kind is not None and kind not in self.pipelines:
+            return False
         said = read_config(folder)
         wanted = {"target_time": "embedder"} | self.config()
         return bool(said) and not list(differences(said, wanted, self.absent))

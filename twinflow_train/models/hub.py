@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -15,8 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from twinflow_train.errors import UserError
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-TRANSFORMER = ("model_index.json", "transformer/*")
-"""What is needed of a pipeline's repository to start from its transformer."""
+TRANSFORMER = ("model_index.json", "transformer/*", "connector/*", "sampler.json", "model.json")
+"""What is needed of a pipeline's repository, or of a published export, for its transformer."""
 
 
 def download(repository: str, *, revision: str | None, patterns: Sequence[str], key: str) -> Path:
@@ -39,23 +41,53 @@ def download(repository: str, *, revision: str | None, patterns: Sequence[str], 
     return Path(found)
 
 
-def complete(folder: Path, where: str, *, key: str) -> None:
-    """Put the other parts of a pipeline beside a transformer: VAE, text encoder, scheduler, ...
+def pipeline_at(where: str, *, transformer: object, pipelines: Sequence[str], key: str) -> Path:
+    """Find a whole pipeline: its folder, REPOSITORY or REPOSITORY@REVISION.
 
-    Files are linked where they lie on the same disk, else copied. where: the pipeline's folder, or
-    REPOSITORY or REPOSITORY@REVISION.
+    transformer: the class that its transformer has to be of. pipelines: the classes that it may be
+    of itself; empty for any.
 
     Raises:
-        UserError: it is no pipeline, or cannot be had.
+        UserError: it is no pipeline, cannot be had, or is another family's.
     """
     source, (name, _, revision) = Path(where), where.partition("@")
     if not source.exists() and REPOSITORY.fullmatch(name):
         source = download(name, revision=revision or None, patterns=("*.json", "*/*"), key=key)
-    if not (source / "model_index.json").is_file():
+    said = read_index(source)
+    if not said:
         raise UserError(f"{key}: {where} is no diffusers pipeline, it has no model_index.json")
+    kind, part = said.get("_class_name"), said.get("transformer", [None])
+    if part[-1] != transformer or (pipelines and kind not in pipelines):
+        raise UserError(
+            f"{key}: {where} is a {kind} around a {part[-1]}, the weights are a {transformer}'s "
+            f"for {' or '.join(pipelines) or 'its own'}; give the pipeline of their base"
+        )
+    return source
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read a pipeline's model_index.json; empty if there is none, UserError if it is damaged."""
+    path = folder / "model_index.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); get it anew") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no object; get it anew")
+    return found
+
+
+def complete(folder: Path, source: Path) -> None:
+    """Put the other parts of a pipeline beside a transformer: VAE, text encoder, scheduler, ...
+
+    Files are linked where they lie on the same disk, else copied.
+    """
     for file in sorted(source.rglob("*")):
         part = file.relative_to(source)
-        if not file.is_file() or part.parts[0] == "transformer" or part.suffix == ".md":
+        hidden = any(name.startswith(".") for name in part.parts)
+        if not file.is_file() or hidden or part.parts[0] == "transformer" or part.suffix == ".md":
             continue
         target = folder / part
         target.parent.mkdir(parents=True, exist_ok=True)

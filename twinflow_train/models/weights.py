@@ -178,8 +178,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
     for kind in ("", ".bf16", ".fp16"):
         index = folder / f"{WEIGHTS}.safetensors.index{kind}.json"
         if index.is_file():
-            weight_map: dict[str, str] = _json(index)["weight_map"]
-            return weight_map
+            found = _json(index).get("weight_map")
+            if not isinstance(found, dict):
+                raise UserError(f"init_from: {index} is damaged: no weight_map; get it anew")
+            return found
         single = folder / f"{WEIGHTS}{kind}.safetensors"
         if single.is_file():
             with _opened(single) as file:
@@ -207,6 +209,8 @@ def _json(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"init_from: {path} is damaged ({error}); get it anew") from error
+    if not isinstance(found, dict):
+        raise UserError(f"init_from: {path} is damaged: it holds no object; get it anew")
     return found
 
 

@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from twinflow_train.errors import UserError
 from twinflow_train.flow.sampler import FEW, MANY, Sampler, Style
 from twinflow_train.reporting.table import markdown
 
@@ -58,14 +59,31 @@ def read_model(folder: Path) -> dict[str, Any] | None:
     path = folder / MODEL
     if not path.is_file():
         return None
-    said: dict[str, Any] = json.loads(path.read_text())
+    said = _read(path)
+    if (
+        not isinstance(said, dict)
+        or not isinstance(said.get("model"), dict)
+        or "encoder" not in said
+    ):
+        raise UserError(f"{path} is damaged: it does not say the model; export again")
     return said
+
+
+def _read(path: Path) -> Any:
+    """Read JSON; UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); export again") from error
 
 
 def read_samplers(folder: Path) -> list[Sampler]:
     """Read the settings that travel with weights."""
-    said: list[dict[str, Any]] = json.loads((folder / SETTINGS).read_text())
-    return [Sampler(**(each | {"style": Style[each["style"]]})) for each in said]
+    said = _read(folder / SETTINGS)
+    try:
+        return [Sampler(**(each | {"style": Style[each["style"]]})) for each in said]
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{folder / SETTINGS} is damaged ({error!r}); export again") from error
 
 
 def _many(manifest: Mapping[str, Any]) -> bool:

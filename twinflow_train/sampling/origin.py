@@ -14,7 +14,7 @@ from twinflow_train.flow.sampler import Sampler, Style, published
 from twinflow_train.models.base import Model
 from twinflow_train.models.codec import Encoders
 from twinflow_train.models.families import encoders_of
-from twinflow_train.models.hub import REPOSITORY, located
+from twinflow_train.models.hub import REPOSITORY, located, read_index
 from twinflow_train.models.loading import filled
 from twinflow_train.models.weights import read_config
 from twinflow_train.reporting import card
@@ -75,7 +75,7 @@ def find(
         UserError: there is nothing to sample with, or it cannot be told what it is.
     """
     folder = _exported(located(where, key=key), key)
-    if not folder.is_dir():
+    if not folder.exists():
         raise UserError(
             f"{key}: {folder} does not exist; give a run, an export, a diffusers folder or a "
             "repository of the Hugging Face hub"
@@ -84,7 +84,7 @@ def find(
     if model is None:
         model = model_of(said["model"]) if said else _matching(folder, key)
     if encoders is None:
-        encoders = _encoders(folder, model, said)
+        encoders = _encoders(where, folder, model, said)
     few = (folder / card.SETTINGS).is_file()
     samplers = tuple(card.read_samplers(folder)) if few else ()
     if not samplers and model.in_few_steps(folder):
@@ -104,9 +104,11 @@ def _exported(folder: Path, key: str) -> Path:
     if not (folder / MANIFEST).is_file():
         return folder
     there = [folder / "export", *sorted(folder.glob("export-*"), reverse=True)]
-    for export in there:
-        if (export / card.MODEL).is_file():
-            return export
+    exports = [each for each in there if (each / card.MODEL).is_file()]
+    # Of a LoRA's run: those that are merged into the base.
+    whole = [each for each in exports if (each / "transformer").is_dir()]
+    for export in (*whole, *exports):
+        return export
     raise UserError(
         f"{key}: the run {folder} has no export yet; make one of its newest checkpoint with "
         f"`python -m twinflow_train.export {folder}`"
@@ -130,9 +132,12 @@ def _matching(folder: Path, key: str) -> Model:
     )
 
 
-def _encoders(folder: Path, model: Model, said: dict[str, Any] | None) -> Encoders:
-    """Choose the encoders: of the folder itself if it is a pipeline, else those of the data."""
+def _encoders(where: str, folder: Path, model: Model, said: dict[str, Any] | None) -> Encoders:
+    """Choose the encoders: of the place itself if it is a pipeline, else those of the data."""
     found = encoders_of(model, made_by=said["encoder"] if said else "")
+    name, _, revision = where.partition("@")
+    if not Path(where).exists() and "vae" in read_index(folder):
+        return replace(found, path=name, revision=revision or None)
     if (folder / "vae").is_dir():
         return replace(found, path=str(folder))
     if said and REPOSITORY.fullmatch(said["encoder"]) and found.path:

@@ -95,7 +95,7 @@ class Sampling:
     def texts(self) -> list[str]:
         """Return the prompts; UserError if there are none."""
         given = self.prompts
-        if isinstance(given, str) and Path(given).is_file():
+        if isinstance(given, str) and _is_file(given):
             try:
                 given = Path(given).read_text().splitlines()
             except (OSError, UnicodeDecodeError) as error:
@@ -109,6 +109,14 @@ class Sampling:
         if not found:
             raise UserError(f"prompts: there is none in {self.prompts!r}")
         return found
+
+
+def _is_file(text: str) -> bool:
+    """Tell whether a text names a file; what cannot be a name does not."""
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def draw(settings: Sampling) -> list[str]:
