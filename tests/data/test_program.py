@@ -76,7 +76,8 @@ def kill_and_continue(
     """Kill two ranks between two saves and go on with four; return what made the run's steps."""
     with run.program.group(2, *told) as ranks:
         deadline = time.monotonic() + 180
-        while f'"step": {SAVED + 3}' not in _read(folder / "metrics.jsonl"):
+        saved = folder / "checkpoints" / f"step-{SAVED:08d}" / "COMPLETE"
+        while not (saved.exists() and f'"step": {SAVED + 1}' in _read(folder / "metrics.jsonl")):
             assert all(rank.alive for rank in ranks), ranks[0].wait().err
             assert time.monotonic() < deadline
             time.sleep(0.005)
