@@ -13,10 +13,10 @@ from tests.tiny import curve, steps, words
 
 STEPS = 60
 PORT = 29500
-HANG_SECONDS = 10
+HANG_SECONDS = 15
 ENV = {
     # Seconds instead of the minutes that real networks are given.
-    "RDZV_CONF": "join_timeout=120,last_call_timeout=5,keep_alive_interval=2",
+    "RDZV_CONF": "join_timeout=300,last_call_timeout=5",
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
 }
 
@@ -59,6 +59,7 @@ class Two:
 
 def test_a_host_is_cut_off_and_comes_back(hosts: Hosts, made: Path, tmp_path: Path) -> None:
     two = Two(hosts, made, tmp_path / "run")
+    before = set(hosts.processes("node2"))  # Slurm's daemon, where its tests came first
     first, second = two.start("node1"), two.start("node2")
     try:
         until(lambda: two.ranks() == 2 and two.step() >= 8, 300, "both train")
@@ -75,7 +76,7 @@ def test_a_host_is_cut_off_and_comes_back(hosts: Hosts, made: Path, tmp_path: Pa
         # What is left on the lonely host ends in a set time, though its torchrun hangs.
         second.send_signal(signal.SIGTERM)
         assert second.wait(60) != 0
-        assert not hosts.processes("node2")
+        assert set(hosts.processes("node2")) <= before
 
         # It comes back, and takes part again.
         hosts.link("node2", "up")
