@@ -153,6 +153,8 @@ def learn(
     with safe.watchdog.step():
         due = run.terms_every and progress.step % run.terms_every == 0
         norms = norms_by_term(run, engine, prepared, world) if due else {}
+        rate = run.optim.rate(progress.step, run.steps)
+        engine.begin(rate)
         sums: dict[str, torch.Tensor] = {}
         rows = []
         for batch, draws, last in prepared.micro_steps(world):
@@ -164,7 +166,6 @@ def learn(
         shares = torch.cat([torch.stack([*sums.values()]), safe.pace.mine(feed.waited)])
         told = world.sum(shares).tolist()
         means = dict(zip(sums, told, strict=False))
-        rate = run.optim.rate(progress.step, run.steps)
         norm = float(engine.step(rate, limit=safe.guard.limit(means["loss/total"])))
     seconds = time.perf_counter() - began
     safe.guard.judge(

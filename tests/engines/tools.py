@@ -124,8 +124,10 @@ class Trial:
 
     def learn(self, engine: Sharded, step: int, world: World) -> tuple[float, float]:
         """Take one step; return the global loss and the gradient norm."""
+        rate = self.optim.rate(step, STEPS)
+        engine.begin(rate)
         loss = self.backward(engine, step, world)
-        return loss, float(engine.step(self.optim.rate(step, STEPS)))
+        return loss, float(engine.step(rate))
 
 
 @dataclass(kw_only=True)

@@ -75,6 +75,7 @@ def measured(world: World, wanted: Job) -> int:
             world=world,
         )
         for _ in range(STEPS):
+            engine.begin(1e-4)
             for micro, drawn in enumerate(draws):
                 loss = wanted.objective.loss(engine.student, engine.teacher, batch, drawn).total
                 engine.backward(loss, last=micro == len(draws) - 1)

@@ -51,13 +51,27 @@ class Span:
     mine: bool = True
 
 
+NO_LIMITS = (math.inf, math.inf)
+"""Of a loss and a gradient norm, with which every step is taken that has finite ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What became of an optimizer step; both may still be on their way, so reading them waits.
+
+    norm: the global gradient norm before clipping. updated: whether there was an update.
+    """
+
+    norm: Tensor
+    updated: Tensor
+
+
 class Sharded(Protocol):
     """A student in training and its teacher, spread over the ranks.
 
     averages: the averaged networks by their kind, "average" (the teacher's) and "slow".
     base: the network that training began with, where it is still at hand.
     frozen: how many numbers are held beside the state, and never change.
-    updates: optimizer steps taken.
     """
 
     student: Velocity
@@ -65,7 +79,11 @@ class Sharded(Protocol):
     averages: Mapping[str, Velocity]
     base: Velocity | None
     frozen: int
-    updates: int
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps taken; reading it waits for the device."""
+        ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Give the shape of each of the student's own parameters, by its name in weight files."""
@@ -75,6 +93,14 @@ class Sharded(Protocol):
         """Name the networks to evaluate: "raw" and, where there are averages, "ema" and "slow"."""
         ...
 
+    def begin(self, rate: float) -> None:
+        """Say that the next backward passes are those of a step of this learning rate.
+
+        What they give without it is for `discard`: engines that update inside of the backward pass
+        take the rate from here.
+        """
+        ...
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of this rank's share of the loss; collective.
 
@@ -82,10 +108,19 @@ class Sharded(Protocol):
         """
         ...
 
-    def step(self, rate: float, *, limit: float = math.inf) -> Tensor:
-        """Clip, update, average and clear; return the global gradient norm before clipping.
+    def step(
+        self,
+        rate: float,
+        *,
+        number: int = 0,
+        loss: Tensor | None = None,
+        limits: tuple[float, float] = NO_LIMITS,
+    ) -> Taken:
+        """Clip, update, average and clear.
 
-        Where that is not finite or above `limit`, nothing is updated, nor counted in `updates`.
+        Where the step's loss, over all ranks, or the gradient's norm is not finite or above its
+        limit, nothing is updated, nor counted in `updates`; alike on every rank. number: of the
+        step, for the draws of averages that are rounded at random.
         """
         ...
 
@@ -116,7 +151,9 @@ class Networks:
             kind: found[kind] for kind, decay in decays.items() if decay < 1
         }
         self.base: Velocity | None = found.get(BASE)
-        self.updates = 0
+
+    def begin(self, rate: float) -> None:
+        """Do nothing: the rate is asked for when the step is taken."""
 
     def networks(self) -> dict[str, Velocity]:
         """Name the networks to evaluate: "raw" and, where there are averages, "ema" and "slow"."""
@@ -125,10 +162,12 @@ class Networks:
         return {"raw": self.student} | averages
 
 
-def within(norm: Tensor, limit: float) -> bool:
-    """Tell whether a step of this gradient norm is to be taken; reads it from the device."""
-    value = float(norm)
-    return math.isfinite(value) and value <= limit
+def allowed(norm: Tensor, loss: Tensor | None, limits: tuple[float, float]) -> Tensor:
+    """Tell, on the norm's device, whether a step is to be taken (see `Sharded.step`)."""
+    fine = norm.isfinite() & (norm <= limits[1])
+    if loss is not None:
+        fine = fine & (loss.isfinite() & (loss <= limits[0])).to(fine.device, non_blocking=True)
+    return fine
 
 
 @dataclass(kw_only=True)
