@@ -53,17 +53,17 @@ class World:
         return torch.stack(parts)
 
     def any(self, flag: bool) -> bool:
-        """Tell whether the flag is up in any process; collective."""
+        """Tell whether the flag is up in any process; collective, and no GPU is waited for."""
         if self.size == 1:
             return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+        return bool(self.sum(torch.tensor(float(flag))) > 0)
 
     def gather_texts(self, text: str) -> Sequence[str]:
         """Collect one string of every process, in rank order; collective."""
         data = text.encode()
-        length = self.gather(torch.tensor([len(data)], device=self.device)).flatten()
+        length = self.gather(torch.tensor([len(data)])).flatten()
         padded = torch.frombuffer(bytearray(data.ljust(int(length.max()) or 1)), dtype=torch.uint8)
-        rows = self.gather(padded.to(self.device)).cpu()
+        rows = self.gather(padded)
         return [
             row[:n].numpy().tobytes().decode() for row, n in zip(rows, length.tolist(), strict=True)
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
@@ -21,8 +20,9 @@ from twinflow_train.data.loader import prefetch
 from twinflow_train.dist import World
 from twinflow_train.draws import Draws
 from twinflow_train.engines.base import Sharded
-from twinflow_train.evals.during import evaluate
+from twinflow_train.evals.during import Found, evaluate
 from twinflow_train.faults import Safeguards, safeguards
+from twinflow_train.late import Lap, Later
 from twinflow_train.metrics import Log
 from twinflow_train.planner.speed import Meter
 from twinflow_train.reporting import card
@@ -74,33 +74,35 @@ def train(run: Run) -> int:
         trace = stack.enter_context(run.profile.tracer(folder, world))
         steps = partial(prepare, run, world)
         feed = stack.enter_context(Feed(steps=steps, world=world, budget=run.data.skip_budget))
+        ahead: Launched | None = None  # the last step, which the device may still be computing
         while True:
             with safe.watchdog.waiting("the others"):
                 done, stop = progress.step >= run.steps, dist.stopping(world)
+            evaluates = done or not progress.step or progress.every(run.eval_every)
+            if not safe.guard.exhausted and (stop or evaluates or progress.every(run.save_every)):
+                with safe.watchdog.waiting("the last step"):
+                    settle(ahead, safe, saves, log, meter, world)
+                    ahead = None
+            if safe.guard.exhausted:
+                go_back(saves, progress, safe, log)
+                ahead = None
+                continue
             due = progress.every(run.save_every) and not progress.faults.in_row
             if done or stop or due:
                 saves.write()
-            if not stop and (done or not progress.step or progress.every(run.eval_every)):
-                found = evaluate(
-                    run.evals,
-                    engine.networks(),
-                    base=engine.base or run.model.pretrained(engine.student),
-                    health=run.health(engine),
-                    heldout=run.data.held_out(),
-                    folder=folder / "samples",
-                    step=progress.step,
-                    world=world,
-                )
-                log.write(progress.step, progress.samples, found.metrics())
-                log.picture(progress.step, "samples", found.picture, caption=found.caption)
+            if evaluates and not stop:
+                found = look(run, engine, progress, log, folder, world)
             if done or stop:
                 break
             trace.at(progress.step)
-            values = learn(run, engine, feed, progress, safe, world, meter)
-            log.stepped(progress.step, progress.samples, values | saves.figures())
+            lap = Lap(world.device)
+            with safe.watchdog.waiting("data"):
+                prepared = feed.take(progress.position)
+            with safe.watchdog.step():
+                launched = learn(run, engine, feed, prepared, lap, progress, safe, world)
+                settle(ahead, safe, saves, log, meter, world)
+            ahead = launched
             progress.advance(run.batch)
-            if safe.guard.exhausted:
-                go_back(saves, progress, safe, log)
         if stop:
             saves.finish()
             log.tell(f"interrupted after step {progress.step}; start again to continue")
@@ -133,82 +135,150 @@ def _prepare(run: Run, world: World, step: int) -> Iterator[Prepared]:
         step += 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Launched:
+    """An optimizer step that the device was given, and may still be computing.
+
+    step, samples: taken before it. position: of its data. rows: each micro-batch's losses by row.
+    names: of the first of `told`, which are sums over all ranks; then come loss and pace, and at
+    the end this step's gradient norm and whether there was an update. known: metrics that need no
+    device. lap: its time, waiting for data and all.
+    """
+
+    step: int
+    samples: int
+    position: int
+    prepared: Prepared
+    rows: list[torch.Tensor]
+    names: list[str]
+    told: Later
+    known: dict[str, float]
+    lap: Lap
+
+
 def learn(
     run: Run,
     engine: Sharded,
     feed: Feed[Prepared],
+    prepared: Prepared,
+    lap: Lap,
     progress: Progress,
     safe: Safeguards,
     world: World,
-    meter: Meter,
-) -> dict[str, float]:
-    """Take one optimizer step, or skip it for its numbers; return what there is to log about it.
+) -> Launched:
+    """Give the device one optimizer step; wait for nothing that it computes.
 
-    The loss is read before the update: one that is not finite, on any rank, forbids it on all.
+    On the device it is decided, too, whether the step is taken: a loss or a gradient that is not
+    finite, on any rank, forbids it on all.
     """
-    updates, began = engine.updates, time.perf_counter()
-    with safe.watchdog.waiting("data"):
-        prepared = feed.take(progress.position)
-    waited = time.perf_counter() - began
-    with safe.watchdog.step():
-        due = run.terms_every and progress.step % run.terms_every == 0
-        norms = norms_by_term(run, engine, prepared, world) if due else {}
-        rate = run.optim.rate(progress.step, run.steps)
-        engine.begin(rate)
-        sums: dict[str, torch.Tensor] = {}
-        rows = []
-        for batch, draws, last in prepared.micro_steps(world):
-            loss = run.objective.loss(engine.student, engine.teacher, batch, draws)
-            engine.backward(loss.total, last=last)
-            rows.append(loss.rows)
-            for name, value in loss.metrics.items():
-                sums[name] = sums[name] + value if name in sums else value
-        shares = torch.cat([torch.stack([*sums.values()]), safe.pace.mine(feed.waited)])
-        told = world.sum(shares).tolist()
-        means = dict(zip(sums, told, strict=False))
-        norm = float(engine.step(rate, limit=safe.guard.limit(means["loss/total"])))
-    seconds = time.perf_counter() - began
+    due = run.terms_every and progress.step % run.terms_every == 0
+    norms = norms_by_term(run, engine, prepared, world) if due else {}
+    rate = run.optim.rate(progress.step, run.steps)
+    engine.begin(rate)
+    sums: dict[str, torch.Tensor] = {}
+    rows = []
+    for batch, draws, last in prepared.micro_steps(world):
+        loss = run.objective.loss(engine.student, engine.teacher, batch, draws)
+        engine.backward(loss.total, last=last)
+        rows.append(loss.rows)
+        for name, value in loss.metrics.items():
+            sums[name] = sums[name] + value if name in sums else value
+    shares = world.sum(torch.cat([torch.stack([*sums.values()]), safe.pace.mine(feed.waited)]))
+    taken = engine.step(
+        rate,
+        number=progress.step,
+        loss=shares[[*sums].index("loss/total")],
+        limits=safe.guard.limits(progress.step),
+    )
+    told = Later(shares, taken.norm.to(shares.device), taken.updated.to(shares.device))
+    lap.end()
+    return Launched(
+        step=progress.step,
+        samples=progress.samples,
+        position=progress.position,
+        prepared=prepared,
+        rows=rows,
+        names=[*sums],
+        told=told,
+        known=feed.figures() | norms | prepared.epochs | {"lr": rate},
+        lap=lap,
+    )
+
+
+def settle(
+    launched: Launched | None,
+    safe: Safeguards,
+    saves: Checkpoints,
+    log: Log,
+    meter: Meter,
+    world: World,
+) -> None:
+    """Wait for a step that the device was given, judge its numbers, and log them. Collective."""
+    if launched is None:
+        return
+    *told, norm, updated = launched.told.read()
+    means, paces = dict(zip(launched.names, told, strict=False)), told[len(launched.names) :]
+    batches, draws = launched.prepared.batches, launched.prepared.draws
     safe.guard.judge(
-        progress.step,
+        launched.step,
+        launched.position,
         loss=means["loss/total"],
         norm=norm,
-        updated=engine.updates > updates,
-        batches=prepared.batches,
-        rows=rows,
+        updated=bool(updated),
+        batches=batches,
+        rows=launched.rows,
     )
-    return (
+    seconds = launched.lap.seconds()
+    own = max(0.0, seconds - launched.known["time/data"])
+    values = (
         means
-        | norms
-        | prepared.epochs
-        | meter.speed(prepared.batches, prepared.draws, seconds)
+        | launched.known
+        | meter.speed(batches, draws, seconds)
+        | saves.figures()
         | safe.guard.figures()
-        | safe.pace.figures(told[len(sums) :], seconds=seconds - waited)
-        | {
-            "norm/grad": norm,
-            "lr": rate,
-            "data/skipped": feed.skipped,
-            "time/data": waited,
-            "time/step": seconds,
-            "memory/peak_gib": world.peak_memory() / 2**30,
-        }
+        | safe.pace.figures(paces, seconds=own)
+        | {"norm/grad": norm, "time/step": seconds, "memory/peak_gib": world.peak_memory() / 2**30}
     )
+    log.stepped(launched.step, launched.samples, values)
 
 
 def go_back(saves: Checkpoints, progress: Progress, safe: Safeguards, log: Log) -> None:
     """Return to the newest checkpoint from before the skipped steps, and pass their data over.
 
+    What the device was given after the last of them is as if it had not been.
+
     Raises:
         UserError: there is none, or the run went back too often.
     """
-    record, ahead, guard = replace(progress.faults), progress.position, safe.guard
-    began = progress.step - record.in_row
+    record, guard = replace(progress.faults), safe.guard
+    step, position = guard.judged
+    began = step + 1 - record.in_row
     if not guard.may_go_back:
-        raise guard.given_up(progress.step, f"the run has gone back {record.rollbacks} times")
+        raise guard.given_up(f"the run has gone back {record.rollbacks} times")
     if not saves.resume(up_to=began):
-        raise guard.given_up(progress.step, f"there is no whole checkpoint up to step {began}")
-    progress.faults.went_back(record, passed=ahead - progress.step)
+        raise guard.given_up(f"there is no whole checkpoint up to step {began}")
+    progress.faults.went_back(record, passed=position + 1 - progress.step)
     guard.note(progress.step, f"went back here after {record.in_row} skipped steps")
     log.rewind(progress.step)
+
+
+def look(
+    run: Run, engine: Sharded, progress: Progress, log: Log, folder: Path, world: World
+) -> Found:
+    """Evaluate the present networks, and log what there is to see."""
+    found = evaluate(
+        run.evals,
+        engine.networks(),
+        base=engine.base or run.model.pretrained(engine.student),
+        health=run.health(engine),
+        heldout=run.data.held_out(),
+        folder=folder / "samples",
+        step=progress.step,
+        world=world,
+    )
+    log.write(progress.step, progress.samples, found.metrics())
+    log.picture(progress.step, "samples", found.picture, caption=found.caption)
+    return found
 
 
 def norms_by_term(run: Run, engine: Sharded, prepared: Prepared, world: World) -> dict[str, float]:

@@ -139,7 +139,7 @@ def clipped(world: World, clip: float) -> dict[str, Any]:
         for name, p in network(engine).named_parameters()
         if p.grad is not None
     }
-    norm = engine.step(optim.lr)
+    norm = engine.step(optim.lr).norm
     cleared = all(p.grad is None for p in network(engine).parameters())
     return {
         "before": before,

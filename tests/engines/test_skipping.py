@@ -77,7 +77,7 @@ def spoil(sharded: Sharded, factor: float, world: World) -> None:
 
 def attempt(sharded: Sharded, limit: float, *, rate: float = RATE) -> Try:
     before, updates = fingerprint(sharded), sharded.updates
-    norm = float(sharded.step(rate, limit=limit))
+    norm = float(sharded.step(rate, limits=(math.inf, limit)).norm)
     return Try(
         norm=norm, changed=fingerprint(sharded) != before, counted=sharded.updates != updates
     )

@@ -127,7 +127,7 @@ class Trial:
         rate = self.optim.rate(step, STEPS)
         engine.begin(rate)
         loss = self.backward(engine, step, world)
-        return loss, float(engine.step(rate))
+        return loss, float(engine.step(rate).norm)
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ def usual(steps: int) -> Record:
     """Remember steps whose losses lie around 2 and norms around 1."""
     record = Record()
     for n in range(steps):
-        record.updated(2 + (n % 5 - 2) / 10, 1 + (n % 3 - 1) / 10)
+        record.updated(n, 2 + (n % 5 - 2) / 10, 1 + (n % 3 - 1) / 10)
     return record
 
 
@@ -40,22 +40,22 @@ def test_outliers_hardly_move_the_limit() -> None:
     record = usual(WINDOW)
     before = record.limits(10)
     for _ in range(WINDOW // 8):
-        record.updated(1e6, 1e6)
+        record.updated(WINDOW, 1e6, 1e6)
     assert record.limits(10) == pytest.approx(before, rel=1.5)
 
 
 def test_a_run_without_any_spread_has_a_limit_above_its_median() -> None:
     record = Record()
     for _ in range(ENOUGH):
-        record.updated(3.0, 3.0)
+        record.updated(0, 3.0, 3.0)
     assert record.limits(10) == pytest.approx((3.3, 3.3))
 
 
 def test_only_the_last_steps_count() -> None:
     record = Record()
     for n in range(3 * WINDOW):
-        record.updated(n, n)
-    assert record.losses == list(map(float, range(2 * WINDOW, 3 * WINDOW)))
+        record.updated(n, n, n)
+    assert record.losses == list(map(float, range(2 * WINDOW - 1, 3 * WINDOW)))
 
 
 def test_skipped_steps_are_counted_until_one_is_taken() -> None:
@@ -63,7 +63,7 @@ def test_skipped_steps_are_counted_until_one_is_taken() -> None:
     record.was_skipped()
     record.was_skipped()
     assert (record.skipped, record.in_row, len(record.norms)) == (2, 2, 4)
-    record.updated(1.0, 1.0)
+    record.updated(4, 1.0, 1.0)
     assert (record.skipped, record.in_row, len(record.norms)) == (2, 0, 5)
 
 

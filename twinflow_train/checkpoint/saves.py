@@ -65,7 +65,10 @@ class Progress:
 class State(Protocol):
     """What checkpoints ask of an engine (see `Sharded`)."""
 
-    updates: int
+    @property
+    def updates(self) -> int:
+        """Optimizer steps taken."""
+        ...
 
     def spans(self) -> Iterator[Span]:
         """Yield every part of the state that this rank holds, the same names on every rank."""

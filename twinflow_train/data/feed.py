@@ -33,7 +33,8 @@ class Feed(Generic[T]):
     """Steps, taken by all ranks alike: an error of one rank's data is raised on every rank.
 
     steps: gives all steps from one on. budget: samples over all ranks that may be skipped.
-    waited: seconds for which this rank's own data of the last step were not there yet.
+    waited: seconds for which this rank's own data of the last step were not there yet; took: the
+    same of all ranks.
     """
 
     steps: Callable[[int], Generator[T]]
@@ -41,6 +42,7 @@ class Feed(Generic[T]):
     budget: int
     skipped: int = 0
     waited: float = 0.0
+    took: float = 0.0
     _running: Generator[T] | None = field(default=None, init=False)
     _next: int = field(default=0, init=False)
 
@@ -70,8 +72,11 @@ class Feed(Generic[T]):
             problem = str(error)
         self.waited, self._next = time.perf_counter() - began, number + 1
         mine = sum(batch.skipped for batch in step.batches) if step else 0
-        told = torch.tensor([float(bool(problem)), float(mine)], device=self.world.device)
+        # On the CPU, as all that processes tell one another beside the numbers that they train on:
+        # a GPU that computes is not waited for.
+        told = torch.tensor([float(bool(problem)), float(mine)])
         failed, skipped = self.world.sum(told).tolist()
+        self.took = time.perf_counter() - began
         if failed:
             raise UserError(next(text for text in self.world.gather_texts(problem) if text))
         self.skipped += int(skipped)
@@ -82,6 +87,10 @@ class Feed(Generic[T]):
             )
         assert step is not None, "no rank failed"
         return step
+
+    def figures(self) -> dict[str, float]:
+        """Give what a log takes."""
+        return {"data/skipped": self.skipped, "time/data": self.took}
 
     def _from(self, number: int) -> Generator[T]:
         """Return what yields a step next."""

@@ -52,9 +52,32 @@ def decay_at(target: float, update: int) -> float:
     return ramp[update]
 
 
+class Ramp:
+    """The growing decay of an average, on the device: how far it has come is known there alone."""
+
+    def __init__(self, target: float, device: torch.device) -> None:
+        self._target = target
+        self._decay = torch.zeros((), dtype=torch.float64, device=device)
+
+    def restore(self, updates: int) -> None:
+        """Be where so many updates lead."""
+        self._decay.fill_(decay_at(self._target, updates))
+
+    def advance(self, updated: Tensor) -> Tensor:
+        """Count an update if there was one; return its decay, else 1."""
+        d = self._decay
+        grown = d + (1 - d) * (self._target - d) / 2
+        self._decay = torch.where(updated, grown, d)
+        return torch.where(updated, grown, 1.0)
+
+
 @torch.no_grad()
 def follow(
-    average: Sequence[Tensor], student: Sequence[Tensor], decay: float, *, path: Sequence[object]
+    average: Sequence[Tensor],
+    student: Sequence[Tensor],
+    decay: float | Tensor,
+    *,
+    path: Sequence[object],
 ) -> None:
     """Move averaged shards towards the student's: T = decay T + (1 - decay) theta, in place.
 
@@ -62,13 +85,21 @@ def follow(
     the mean kept: rounding to the nearest would stop an average of decay .99 from moving at all.
     `path` names this update on this rank, for the draws.
     """
-    if all(
+    alike = all(
         a.dtype == s.dtype and a.device == s.device for a, s in zip(average, student, strict=True)
-    ):
+    )
+    if alike and not isinstance(decay, Tensor):
         torch._foreach_lerp_(list(average), list(student), 1 - decay)
         return
+    shares: dict[torch.device, Tensor] = {}
     for i, (ours, theirs) in enumerate(zip(average, student, strict=True)):
-        moved = ours.float().lerp_(theirs.to(ours.device, torch.float32), 1 - decay)
+        if ours.device not in shares:
+            shares[ours.device] = torch.as_tensor(1 - decay).to(ours.device, torch.float32)
+        share = shares[ours.device]
+        if alike and ours.dtype == share.dtype:
+            ours.lerp_(theirs, share)
+            continue
+        moved = ours.float().lerp_(theirs.to(ours.device, torch.float32), share)
         if ours.dtype == torch.bfloat16:
             round_randomly(ours, moved, generator("round", *path, i, device=ours.device))
         else:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from twinflow_train.batch import Velocity
+from twinflow_train.deal import Deal
 from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages
 from twinflow_train.engines.optim import Optim
@@ -188,6 +189,21 @@ class Engine(ABC):
         check("engine", self, [("recompute", self.recompute >= 0, "0 or more")])
         if self.keep_products and not self.recompute:
             raise UserError("engine.keep_products needs recomputed blocks: engine.recompute >= 1")
+
+    def check(
+        self,
+        deal: Deal,
+        *,
+        adapter: Adapter,
+        optim: Optim,
+        decay: float,
+        average: Averages,
+        skips: bool,
+    ) -> None:
+        """Refuse, before anything is built, what cannot go with it: UserError.
+
+        decay: of the teacher (see `shard`). skips: whether steps may be skipped for a great loss.
+        """
 
     @abstractmethod
     def shard(

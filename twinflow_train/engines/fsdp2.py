@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from twinflow_train.dist import World
-from twinflow_train.engines.average import Averages, decay_at, follow
-from twinflow_train.engines.base import Engine, Networks, Span, within
+from twinflow_train.engines.average import Averages, Ramp, follow
+from twinflow_train.engines.base import NO_LIMITS, Engine, Networks, Span, Taken, allowed
 from twinflow_train.engines.optim import MOMENTS, Optim, Saved, set_rate, set_updates
 from twinflow_train.engines.recompute import recompute_every
 from twinflow_train.errors import UserError, check
@@ -125,7 +126,7 @@ class ShardedFSDP2(Networks):
     ) -> None:
         found = {kind: each for one in assemblies for kind, each in one.networks.items()}
         super().__init__(found, decays)
-        self._decays, self._optim, self._mesh, self._world = decays, optim, mesh, world
+        self._optim, self._mesh, self._world = optim, mesh, world
         # The sharded parameters, held here: while gathered, a module shows others in their place.
         self._shards: dict[str, dict[str, DTensor]] = {}
         self.frozen = 0
@@ -137,7 +138,15 @@ class ShardedFSDP2(Networks):
         moving = {"model", *self.averages}
         self._moving = [one.net for one in assemblies if moving & one.networks.keys()]
         self._trained = [p for one in assemblies for p in one.net.parameters() if p.requires_grad]
-        self._optimizer = optim.build(self._trained)
+        self._optimizer: Any = optim.build(self._trained)
+        device = self._trained[0].device
+        self._ramps = {kind: Ramp(decays[kind], device) for kind in self.averages}
+        self._updates = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps taken; reading it waits for the device."""
+        return int(self._updates)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Give the shape of each of the student's own parameters, by its name in weight files."""
@@ -152,27 +161,38 @@ class ShardedFSDP2(Networks):
         _fsdp(self._moving[0]).set_requires_all_reduce(last)
         (loss * self._world.size).backward()
 
-    def step(self, rate: float, *, limit: float = math.inf) -> Tensor:
-        """Clip, update, average and clear; return the global gradient norm before clipping.
+    def step(
+        self,
+        rate: float,
+        *,
+        number: int = 0,
+        loss: Tensor | None = None,
+        limits: tuple[float, float] = NO_LIMITS,
+    ) -> Taken:
+        """Clip, update, average and clear (see `Sharded.step`).
 
-        Where that is not finite or above `limit`, nothing is updated; alike on every rank.
+        Whether the step is taken is decided on the device, and nothing waits for it; but for
+        optimizers that have to be told before.
         """
         norm = self._norm()
-        if not within(norm, limit):
+        taken = Taken(norm=norm, updated=allowed(norm, loss, limits))
+        if self._optim.skips:
+            self._optimizer.found_inf = 1.0 - taken.updated.float()
+        elif not bool(taken.updated):
             self._clear()
-            return norm
+            return taken
         if self._optim.clip:
             nn.utils.clip_grads_with_norm_(self._trained, self._optim.clip, norm, foreach=True)
         set_rate(self._optimizer, rate)
         self._optimizer.step()
-        self.updates += 1
-        for kind in self.averages:
-            now = decay_at(self._decays[kind], self.updates)
+        self._updates += taken.updated
+        for kind, ramp in self._ramps.items():
             # The same draws in every copy of a shard, or copies would drift apart.
-            path = (kind, self.updates, self._mesh.get_local_rank("shard"))
+            path = (kind, number, self._mesh.get_local_rank("shard"))
+            now = ramp.advance(taken.updated)
             follow(self._locals(kind), self._locals("model"), now, path=path)
         self._clear()
-        return norm
+        return taken
 
     def discard(self) -> Tensor:
         """Forget the accumulated gradient without an update; return its global norm."""
@@ -204,7 +224,9 @@ class ShardedFSDP2(Networks):
 
     def restored(self, updates: int) -> None:
         """Take note that the spans were filled from a checkpoint after `updates` updates."""
-        self.updates = updates
+        self._updates.fill_(updates)
+        for ramp in self._ramps.values():
+            ramp.restore(updates)
         set_updates(self._optimizer, updates)
         self._clear()
 

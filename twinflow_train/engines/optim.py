@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,15 @@ class Saved:
 class Optim(ABC):
     """What every optimizer shares.
 
+    skips: whether the built optimizer heeds `found_inf`, and so needs nobody to look before a step
+    whether it is to be taken.
     lr: highest learning rate. betas: decay of the first and second moments.
     clip: largest global norm of the gradient; 0 does not clip.
     warmup: steps of linear warm-up. constant: share of the run after which the rate decays along
     half a cosine to lr_end x lr; 1 keeps it constant.
     """
+
+    skips: ClassVar[bool] = False
 
     lr: float = 1e-5
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
@@ -89,6 +93,8 @@ class Optim(ABC):
 @dataclass(kw_only=True)
 class AdamW(Optim):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    skips: ClassVar[bool] = True
 
     def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """Make a fused AdamW with zero moments."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages, decay_at, follow
-from twinflow_train.engines.base import Engine, Networks, Precision, Span, within
+from twinflow_train.engines.base import NO_LIMITS, Engine, Networks, Precision, Span, Taken, allowed
 from twinflow_train.engines.optim import AdamW8bit, Optim, set_rate, set_updates
 from twinflow_train.engines.recompute import recompute_every
 from twinflow_train.engines.zero3_parts import Part, held, masters
@@ -206,7 +206,7 @@ class ShardedZeRO3(Networks):
         self._modules, self._engine = modules, modules[0].engine
         # Through the engine, which counts the micro-steps; the others have none to count.
         super().__init__(found | {"model": self._engine}, decays)
-        self._decays, self._world = decays, world
+        self._decays, self._world, self.updates = decays, world, 0
         self._parts = {kind: parts for m in modules for kind, parts in m.parts.items()}
         base = self._parts.pop(BASE, ())
         self.frozen = sum(math.prod(part.shape) for part in base)
@@ -228,31 +228,42 @@ class ShardedZeRO3(Networks):
         # What is computed anew ends in the middle of a block, and ZeRO-3 would keep note of it.
         del FWD_MODULE_STACK[depth:]
 
-    def step(self, rate: float, *, limit: float = math.inf) -> Tensor:
-        """Clip, update, average and clear; return the global gradient norm before clipping.
+    def step(
+        self,
+        rate: float,
+        *,
+        number: int = 0,
+        loss: Tensor | None = None,
+        limits: tuple[float, float] = NO_LIMITS,
+    ) -> Taken:
+        """Clip, update, average and clear (see `Sharded.step`).
 
-        Where that is not finite or above `limit`, nothing is updated; alike on every rank. To know
-        it in time takes a second look at the gradients, unless the limit is infinite.
+        DeepSpeed looks at the norm before each update, so this waits for the device. Limits take a
+        second look at the gradients.
         """
-        if math.isfinite(limit) and not within(norm := self._norm(), limit):
-            self._clear()
-            return norm
+        no, yes = (torch.tensor(flag, device=self._world.device) for flag in (False, True))
+        bad = loss is not None and not bool(loss.isfinite())
+        if bad or min(limits) < math.inf:
+            norm = self._norm()
+            if not bool(allowed(norm, loss, limits)):
+                self._clear()
+                return Taken(norm=norm, updated=no)
         set_rate(self._engine.optimizer.optimizer, rate)
         self._engine.step()
         norm = torch.as_tensor(self._engine.get_global_grad_norm())
-        if not self._engine.was_step_applied():
-            return torch.full_like(norm, math.inf)  # which DeepSpeed has cleared
+        if not self._engine.was_step_applied():  # DeepSpeed has cleared it
+            return Taken(norm=torch.full_like(norm, math.inf), updated=no)
         self.updates += 1
         states = [part.state for part in self._parts["model"]]
         for kind in self.averages:
             now = decay_at(self._decays[kind], self.updates)
             average = [part.state for part in self._parts[kind]]
-            follow(average, states, now, path=(kind, self.updates, self._world.rank))
+            follow(average, states, now, path=(kind, number, self._world.rank))
         for module in self._modules:
             if following := self.averages.keys() & module.parts.keys():
                 module.commit(following)
         settle(self._world)
-        return norm
+        return Taken(norm=norm, updated=yes)
 
     def discard(self) -> Tensor:
         """Forget the accumulated gradient without an update; return its global norm."""

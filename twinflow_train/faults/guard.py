@@ -21,8 +21,6 @@ from twinflow_train.faults.settings import Faults
 
 NAMED = 3
 """Samples that each rank names when none stands out as not finite: those of the greatest loss."""
-NEVER = -1.0
-"""A limit that no norm keeps."""
 FILE = "faults.jsonl"
 log = logging.getLogger(__name__)
 
@@ -31,22 +29,28 @@ log = logging.getLogger(__name__)
 class Guard:
     """Decides which steps are taken, from numbers that are the same on every rank.
 
-    folder: of the run, for `faults.jsonl`.
+    folder: of the run, for `faults.jsonl`. judged: the last step of which the numbers are known,
+    and the position of its data.
     """
 
     faults: Faults
     record: Record
     folder: Path
     world: World
+    judged: tuple[int, int] = (-1, -1)
 
-    def limit(self, loss: float) -> float:
-        """Return the greatest gradient norm with which a step of this global loss is taken."""
-        losses, norms = self.record.limits(self.faults.skip_above)
-        return norms if math.isfinite(loss) and loss <= losses else NEVER
+    def limits(self, step: int) -> tuple[float, float]:
+        """Return the greatest loss and gradient norm with which a step is taken.
+
+        Of the steps up to the last but one: the device may still be computing the last one, and
+        where a checkpoint was made in between it must not matter that this one is known.
+        """
+        return self.record.limits(self.faults.skip_above, without=step - 1)
 
     def judge(
         self,
         step: int,
+        position: int,
         *,
         loss: float,
         norm: float,
@@ -56,12 +60,13 @@ class Guard:
     ) -> None:
         """Take note of a step; tell which samples were in it if it was no usual one. Collective.
 
-        loss, norm: over all ranks. updated: whether it had an update. rows: each micro-batch's
-        losses by row; they are read only if there is something to tell.
+        position: of its data. loss, norm: over all ranks. updated: whether it had an update.
+        rows: each micro-batch's losses by row; they are read only if there is something to tell.
         """
         what = self._unusual(loss, norm)
+        self.judged = step, position
         if updated:
-            self.record.updated(loss, norm)
+            self.record.updated(step, loss, norm)
         else:
             self.record.was_skipped()
         if not what:
@@ -96,8 +101,9 @@ class Guard:
         """Whether the run may return to a checkpoint once more."""
         return self.record.rollbacks < self.faults.rollbacks
 
-    def given_up(self, step: int, why: str) -> UserError:
+    def given_up(self, why: str) -> UserError:
         """Report that the run cannot go on by itself."""
+        step = self.judged[0] + 1
         self.note(step, f"given up: {why}", skipped=self.record.skipped)
         return UserError(
             f"before step {step}, {self.record.in_row} steps in a row were skipped for their "

@@ -22,13 +22,14 @@ class Record:
 
     passed: steps' worth of data that rollbacks have passed over. skipped: steps without an update;
     in_row: of them, those since the last update. rollbacks: how often the run went back.
-    losses, norms: of the last steps that had an update.
+    losses, norms: of the last steps that had an update; newest: the last of those steps.
     """
 
     passed: int = 0
     skipped: int = 0
     in_row: int = 0
     rollbacks: int = 0
+    newest: int = -1
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
 
@@ -47,15 +48,22 @@ class Record:
         }
         return Record(**read)
 
-    def limits(self, times: float) -> tuple[float, float]:
-        """Return the greatest loss and norm within so many median deviations of the medians."""
-        return _limit(self.losses, times), _limit(self.norms, times)
+    def limits(self, times: float, *, without: int | None = None) -> tuple[float, float]:
+        """Return the greatest loss and norm within so many median deviations of the medians.
 
-    def updated(self, loss: float, norm: float) -> None:
+        without: a step that is not looked at, though it may be known already.
+        """
+        series = [self.losses, self.norms]
+        if without is not None and self.newest == without:
+            series = [values[:-1] for values in series]
+        losses, norms = (_limit(values[-WINDOW:], times) for values in series)
+        return losses, norms
+
+    def updated(self, step: int, loss: float, norm: float) -> None:
         """Count a step that had an update."""
-        self.in_row = 0
-        self.losses = [*self.losses, loss][-WINDOW:]
-        self.norms = [*self.norms, norm][-WINDOW:]
+        self.in_row, self.newest = 0, step
+        self.losses = [*self.losses, loss][-WINDOW - 1 :]
+        self.norms = [*self.norms, norm][-WINDOW - 1 :]
 
     def was_skipped(self) -> None:
         """Count a step that had none."""
