@@ -21,9 +21,8 @@ from twinflow_train.deal import Deal
 from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages
 from twinflow_train.engines.base import Engine, Sharded
-from twinflow_train.engines.fsdp2 import FSDP2
 from twinflow_train.engines.optim import AdamW, AdamW8bit, Optim, RAdam
-from twinflow_train.engines.zero3 import ZeRO3
+from twinflow_train.engines.options import ENGINES
 from twinflow_train.errors import UserError
 from twinflow_train.evals.health import Health
 from twinflow_train.evals.prompts import Prompts
@@ -177,6 +176,7 @@ class Run:
     def check(self, world: World) -> None:
         """Refuse, before anything is written, what does not fit together: UserError."""
         self.deal(world)
+        self.engine.check(self, ranks=world.size)
         self.adapter.check(self.model)
         if reason := self.model.untrainable:
             raise UserError(reason)
@@ -357,7 +357,7 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
         "rcgm_pure": presets.rcgm_pure(),
         "flow_matching": presets.flow_matching(),
     },
-    "engine": {"fsdp2": FSDP2(), "fsdp2_gathered": FSDP2(reshard=False), "zero3": ZeRO3()},
+    "engine": ENGINES,
     "optim": {"adamw": AdamW(), "adamw8bit": AdamW8bit(), "radam": RAdam()},
     "data": {"shards": Shards()},
     "evals": {"digits": Digits(), "prompts": Prompts(), "none": NoEvals()},

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from twinflow_train.batch import Velocity
-from twinflow_train.deal import Deal
 from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages
 from twinflow_train.engines.optim import Optim
 from twinflow_train.errors import UserError, check
+from twinflow_train.faults import Faults
 from twinflow_train.models.adapter import BASE, Adapter
 from twinflow_train.models.base import Model
 from twinflow_train.models.weights import Weights
+from twinflow_train.objectives.twinflow import TwinFlow
 
 
 class Precision(Enum):
@@ -171,6 +172,18 @@ def allowed(norm: Tensor, loss: Tensor | None, limits: tuple[float, float]) -> T
     return fine
 
 
+class Parts(Protocol):
+    """What an engine looks at of a run before it builds anything."""
+
+    adapter: Adapter
+    objective: TwinFlow
+    optim: Optim
+    average: Averages
+    faults: Faults
+    batch: int
+    micro_batch: int
+
+
 @dataclass(kw_only=True)
 class Engine(ABC):
     """A way of sharding: the `engine` group of the configuration.
@@ -190,20 +203,9 @@ class Engine(ABC):
         if self.keep_products and not self.recompute:
             raise UserError("engine.keep_products needs recomputed blocks: engine.recompute >= 1")
 
-    def check(
-        self,
-        deal: Deal,
-        *,
-        adapter: Adapter,
-        optim: Optim,
-        decay: float,
-        average: Averages,
-        skips: bool,
-    ) -> None:
-        """Refuse, before anything is built, what cannot go with it: UserError.
-
-        decay: of the teacher (see `shard`). skips: whether steps may be skipped for a great loss.
-        """
+    def check(self, run: Parts, *, ranks: int) -> None:
+        """Refuse, before anything is built, what cannot go with it: UserError."""
+        return
 
     @abstractmethod
     def shard(
