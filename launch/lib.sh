@@ -38,6 +38,47 @@ show() {
     echo
 }
 
+child='' stopped=false
+
+# stop: ask `child` to end, and what begins after it.
+stop() {
+    stopped=true
+    [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true
+}
+
+# begin COMMAND...: start it as `child`. A terminal's Ctrl-C reaches it, which a shell by itself has
+# ignored by what it starts in the background; SIGUSR1 does not harm it.
+begin() {
+    (
+        trap - INT
+        trap '' USR1
+        exec "$@"
+    ) &
+    child=$!
+    ! $stopped || kill -TERM "$child"
+}
+
+# shellcheck disable=SC2034  # the scripts use what this sets
+# attend: wait for the end of `child`, however many signals are trapped meanwhile, and set `code`.
+attend() {
+    while :; do
+        wait "$child" && code=0 || code=$?
+        kill -0 "$child" 2>/dev/null || break
+    done
+    # A signal may have interrupted the last wait: ask again what the end was.
+    wait "$child" && code=0 || code=$?
+}
+
+# later SECONDS COMMAND...: run a command after a time; ended by SIGTERM it leaves no sleep behind.
+later() {
+    local pause
+    sleep "$1" &
+    pause=$!
+    trap 'kill "$pause"; exit' TERM
+    shift
+    wait "$pause" && "$@"
+}
+
 # shellcheck disable=SC2034  # the scripts use what this sets
 # container: set `container` (options of srun) and `inside` (words before the command) for the image
 # in CONTAINER: a .sif by apptainer, everything else (.sqsh, registry#name:tag) by pyxis.

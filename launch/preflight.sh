@@ -66,11 +66,15 @@ while (($#)); do
     esac
 done
 
-code=0
-timeout --kill-after=10 $((minutes * 60)) launch/torchrun.sh "${starting[@]}" --restarts 0 \
-    --preflight off --entry launch.preflight -- "${checks[@]}" || code=$?
+# Nothing is saved here that would take time.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=5
+trap stop TERM HUP
+trap : INT # which a terminal's Ctrl-C sends to all
+begin timeout --foreground --kill-after=30 $((minutes * 60)) launch/torchrun.sh "${starting[@]}" \
+    --restarts 0 --preflight off --entry launch.preflight -- "${checks[@]}"
+attend
 case $code in
-    0 | 2) exit $code ;;
+    0 | 2 | 75 | 130) exit "$code" ;;
     124 | 137) fail "the nodes did not meet and answer in $minutes minutes: is --nodes right, are" \
         "all started, and do they reach --head (network, firewall, NCCL_SOCKET_IFNAME)?" ;;
     *) fail "a process ended with code $code, see above; on GPUs, NCCL_DEBUG=INFO tells more" ;;

@@ -100,16 +100,10 @@ if $dry; then
     show "${command[@]}"
     exit
 fi
-if [[ $preflight == on ]]; then
-    # On the next port: nobody meets those who have not left the last meeting yet.
-    launch/preflight.sh --gpus "$gpus" --nodes "$most" --head "${head%:*}:$((${head##*:} + 1))" \
-        --id "$id-preflight" || exit
-fi
-show "${command[@]}"
 
 START_FOLDER=$(mktemp -d)
 export START_FOLDER
-killer=''
+killer='' reminder='' interrupts=0
 
 # end SIGNAL: send it to all ranks of this node that still live. Each has a group of its own.
 end() {
@@ -122,43 +116,54 @@ end() {
 # With torchrun no rank outlives this script: one that did would hold the run's folder.
 finish() {
     end KILL
-    [[ -z $killer ]] || kill "$killer" 2>/dev/null || true
+    # shellcheck disable=SC2086  # none, one or two
+    kill $killer $reminder 2>/dev/null || true
     rm -rf "$START_FOLDER"
 }
-trap finish EXIT
 
-interrupts=0
 on_interrupt() { # a terminal's Ctrl-C has reached torchrun too, which asks the ranks
-    interrupts=$((interrupts + 1))
+    touch "$START_FOLDER/asked"
+    stopped=true interrupts=$((interrupts + 1))
     if ((interrupts > 1)); then
-        kill -KILL "$torchrun" 2>/dev/null || true
+        [[ -z $child ]] || kill -KILL "$child" 2>/dev/null || true
         exit 130
     fi
 }
 
 on_stop() { # torchrun asks the ranks; one that hangs itself, as on a dead connection, is not waited for
-    kill -TERM "$torchrun" 2>/dev/null || true
-    [[ -z $killer ]] || return 0
-    (sleep $((TORCH_ELASTIC_SHUTDOWN_TIMEOUT + 15)) && kill -KILL "$torchrun") >/dev/null 2>&1 &
+    touch "$START_FOLDER/asked"
+    stop
+    [[ -z $killer && -n $child ]] || return 0
+    (later $((TORCH_ELASTIC_SHUTDOWN_TIMEOUT + 15)) kill -KILL "$child") >/dev/null 2>&1 &
     killer=$!
 }
 
-# A rank may get SIGUSR1 before it listens, and torchrun itself never does: ignored, it harms neither.
-trap '' USR1
-(
-    trap - INT # which a shell ignores for what it starts in the background
-    exec "${command[@]}"
-) &
-torchrun=$!
+on_request() { # for the ranks, again and again: one that has just started does not listen yet
+    [[ -z $reminder ]] || return 0
+    (while :; do end USR1 && later 2 true; done) >/dev/null 2>&1 &
+    reminder=$!
+}
+
+trap finish EXIT
 trap on_stop TERM HUP
 trap on_interrupt INT
+trap on_request USR1
 
 code=0
-while :; do
-    wait "$torchrun" && code=0 || code=$?
-    kill -0 "$torchrun" 2>/dev/null || break
-done
-# A signal may have interrupted the last wait: ask again what the end was.
-wait "$torchrun" && code=0 || code=$?
-[[ ! -f $START_FOLDER/code ]] || code=$(<"$START_FOLDER/code")
+if [[ $preflight == on ]]; then
+    # On the next port: nobody meets those who have not left the last meeting yet.
+    begin launch/preflight.sh --gpus "$gpus" --nodes "$most" \
+        --head "${head%:*}:$((${head##*:} + 1))" --id "$id-preflight"
+    attend
+    ! $stopped || exit 75
+    ((code == 0)) || exit "$code"
+fi
+show "${command[@]}"
+begin "${command[@]}"
+attend
+if [[ -f $START_FOLDER/code ]]; then
+    code=$(<"$START_FOLDER/code")
+elif ((code)) && $stopped && ! compgen -G "$START_FOLDER/failed-*" >/dev/null; then
+    code=75 # torchrun itself ended of the request, before there were ranks to save
+fi
 exit "$code"

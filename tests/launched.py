@@ -12,9 +12,14 @@ SAVED = 75
 
 
 def main(end: str, folder: Path) -> int:
-    """End as asked. Every start leaves an empty file start-NUMBER-RANK in the folder."""
+    """End as asked. Every start leaves an empty file begun-NUMBER-RANK in the folder, and
+    start-NUMBER-RANK as soon as it listens to signals.
+    """
     rank, number = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     asked: list[int] = []
+    (folder / f"begun-{number}-{rank}").touch()
+    if end == "save late":
+        time.sleep(1.5)  # it imports, and does not listen
     for one in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(one, lambda number, frame: asked.append(number))
     (folder / f"start-{number}-{rank}").touch()
@@ -27,8 +32,9 @@ def main(end: str, folder: Path) -> int:
             return 2
         case "refuse alone":
             return 2 if rank == 0 else wait(lambda: False)
-        case "save":
+        case "save" | "save late":
             wait(lambda: bool(asked))
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as the trainer does
             return SAVED
         case "hang":
             wait(lambda: asked.count(signal.SIGINT) > 1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -188,3 +190,42 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(TimeoutError, match=r"ranks \[1, 2\] did not come in 0.2 s"):
         dist.meet(server, rank=0, size=3, patience_seconds=0.2)
+    with pytest.raises(TimeoutError, match=r"ranks \[0\] did not come in 0.2 s"):
+        dist.meet(server, rank=2, size=3, patience_seconds=0.2)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_asked_to_stop_a_rank_does_not_wait_for_those_that_died_of_it(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    monkeypatch.setattr(dist, "ASKED_SECONDS", 0.3)
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(dist.meet, server, rank=rank, size=2, patience_seconds=60)
+        time.sleep(0.5)
+        assert not found.done()
+        monkeypatch.setattr(dist._Stop, "asked", True)
+        with pytest.raises(TimeoutError, match="did not come before this one was asked to stop"):
+            found.result(10)
+
+
+ENDING = """
+import os, signal
+from twinflow_train import dist
+
+
+class Late:
+    def __del__(self, kill=os.kill, me=os.getpid()):
+        kill(me, signal.SIGUSR1)
+        kill(me, signal.SIGTERM)
+
+
+late = Late()  # it goes when the interpreter has given signals their default back
+dist.watch_signals()
+dist.ignore_signals()
+raise SystemExit(75)
+"""
+
+
+def test_asked_again_at_its_very_end_a_process_keeps_its_code() -> None:
+    assert subprocess.run([sys.executable, "-c", ENDING]).returncode == 75

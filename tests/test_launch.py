@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def started(folder: Path, end: str, *more: str) -> Iterator[subprocess.Popen[str
     with subprocess.Popen(
         ("launch/torchrun.sh", *options, end, str(folder), *more),
         cwd=TOP,
-        env=os.environ | {"PYTHON": sys.executable, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"},
+        env=os.environ | {"PYTHON": sys.executable, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -189,6 +190,38 @@ def test_a_signal_of_slurms_reaches_the_ranks_and_harms_nobody_else(tmp_path: Pa
         assert (process.returncode, starts(tmp_path)) == (75, 1)
 
 
+def begun(folder: Path) -> bool:
+    return len(list(folder.glob("begun-*"))) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_before_they_listen_ranks_have_nothing_to_save(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    with started(tmp_path, "save late") as process:
+        until(lambda: begun(tmp_path))
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        process.communicate(timeout=60)
+        assert (process.returncode, starts(tmp_path)) == (75, 0)
+
+
+def test_asked_to_stop_before_there_are_ranks_it_has_nothing_to_save(tmp_path: Path) -> None:
+    with started(tmp_path, "save") as process:
+        assert process.stdout is not None
+        assert "torch.distributed.run" in process.stdout.readline()
+        process.terminate()
+        process.communicate(timeout=60)
+        assert (process.returncode, starts(tmp_path)) == (75, 0)
+
+
+def test_a_signal_that_comes_too_early_is_told_again(tmp_path: Path) -> None:
+    with started(tmp_path, "save late") as process:
+        until(lambda: begun(tmp_path))
+        process.send_signal(signal.SIGUSR1)
+        process.communicate(timeout=60)
+        assert (process.returncode, starts(tmp_path)) == (75, 1)
+
+
 def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
     with started(tmp_path, "save") as process:
         until(lambda: listening(tmp_path))
@@ -216,6 +249,44 @@ def test_a_node_that_is_ready_passes_the_preflight(tmp_path: Path) -> None:
     assert "all-reduce of 16 MiB over 2 ranks:" in result.stdout
     assert result.stdout.splitlines()[-1] == "preflight: ok"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "number"),
+    [
+        ("launch/preflight.sh", (), signal.SIGTERM),
+        ("launch/preflight.sh", (), signal.SIGINT),
+        ("launch/torchrun.sh", ("--entry", "tests.launched", "end"), signal.SIGTERM),
+    ],
+)
+def test_nodes_that_wait_for_others_can_be_stopped(
+    script: str, options: Sequence[str], number: signal.Signals
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = (script, "--nodes", "2", "--gpus", "1", "--head", f"127.0.0.1:{port - 1}", *options)
+    env = os.environ | {"PYTHON": sys.executable}
+    with subprocess.Popen(
+        words, cwd=TOP, env=env, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert b"torch.distributed.run" in process.stdout.readline()
+            time.sleep(0.5)
+            (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+            assert process.wait(60) in (75, 130)
+            assert not members(process.pid)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def members(session: int) -> list[int]:
+    """List the living processes of a session."""
+    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat")]
+    found = [(text.partition(" ")[0], text.rpartition(")")[2].split()) for text in stats]
+    return [int(pid) for pid, words in found if int(words[3]) == session and words[0] not in "ZX"]
 
 
 def test_what_is_not_ready_is_named(tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+ASKED_SECONDS = 15.0
+"""How long a process that was asked to stop still waits for others that have not started."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
@@ -108,6 +111,15 @@ def watch_signals() -> None:
         signal.signal(number, _Stop.ask)
 
 
+def ignore_signals() -> None:
+    """Let no further request end a process that is about to end by itself, with its own code.
+
+    At its end the interpreter gives signals back their default, which is death.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def stopping(world: World) -> bool:
     """Tell whether any process was asked to stop; all processes get the same answer; collective."""
     return world.any(_Stop.asked)
@@ -123,25 +135,37 @@ def meet(
     every hello that it finds, old ones too, with its word, until each rank has used that.
 
     Raises:
-        TimeoutError: a rank did not come.
+        TimeoutError: a rank did not come; where this process is asked to stop meanwhile, others may
+            have died of that before they listened, and it waits for ASKED_SECONDS at most.
     """
     own = secrets.token_hex(8)
     if rank > 0:
         store.set(f"hello/{rank}", own)
+        for missing in _patiently({0}, patience_seconds):
+            if store.check([f"welcome/{own}"]):
+                missing.clear()
         common = store.get(f"welcome/{own}").decode()
         store.set(f"here/{common}/{rank}", "")
         return torch_dist.PrefixStore(common, store)
-    missing, deadline = set(range(1, size)), time.monotonic() + patience_seconds
-    while missing:
+    for missing in _patiently(set(range(1, size)), patience_seconds):
         for other in sorted(missing):
             if store.check([f"hello/{other}"]):
                 store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
             if store.check([f"here/{own}/{other}"]):
                 missing.remove(other)
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"ranks {sorted(missing)} did not come in {patience_seconds:g} s")
-        time.sleep(0.01)
     return torch_dist.PrefixStore(own, store)
+
+
+def _patiently(missing: set[int], seconds: float) -> Iterator[set[int]]:
+    """Yield the ranks that are missing until there are none; TimeoutError if some never come."""
+    deadline, told = time.monotonic() + seconds, f"in {seconds:g} s"
+    while missing:
+        yield missing
+        if _Stop.asked and deadline > time.monotonic() + ASKED_SECONDS:
+            deadline, told = time.monotonic() + ASKED_SECONDS, "before this one was asked to stop"
+        if missing and time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {sorted(missing)} did not come {told}")
+        time.sleep(0.01)
 
 
 def collectives(world: World) -> bytes:

@@ -22,6 +22,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from twinflow_train.dist import ignore_signals
 from twinflow_train.errors import UserError
 from twinflow_train.run import Run, register
 from twinflow_train.scrub import scrub
@@ -47,6 +48,7 @@ def launch(
             job = live(composed)
         with _one_line(of_all_ranks=False):
             code = entry(job)
+        ignore_signals()
         if code:
             sys.exit(code)
 
