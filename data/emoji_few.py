@@ -78,6 +78,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     try:
         build(options.out, train=options.poses or POSES["train"], force=options.force)
+        build_judge(options.out, force=options.force)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -108,6 +109,19 @@ def build(out: Path, *, train: int, force: bool) -> None:
             name=name,
         )
         write_shards(out / name, made, null=states[NULL_PROMPT], about=about, overwrite=True)
+
+
+def build_judge(out: Path, *, force: bool) -> None:
+    """Train the classifier that evaluations ask, keeping a finished one."""
+    from twinflow_train.evals.judge import fit_judge
+
+    path = out / "judge.safetensors"
+    if path.exists() and not force:
+        print(f"{path}: kept (--force trains it again)")
+        return
+    train, heldout = (ShardSet(out / split) for split in POSES)
+    accuracy = fit_judge(train=train, heldout=heldout, path=path)
+    print(f"judge: {accuracy:.1%} of the held-out emoji right")
 
 
 def finished(folder: Path) -> bool:

@@ -26,7 +26,7 @@ from twinflow_train.engines.options import ENGINES
 from twinflow_train.errors import UserError
 from twinflow_train.evals.health import Health
 from twinflow_train.evals.prompts import Prompts
-from twinflow_train.evals.suite import Digits, Evals, NoEvals
+from twinflow_train.evals.suite import Evals, Judged, NoEvals
 from twinflow_train.faults import Faults
 from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
 from twinflow_train.models.adapter import Adapter, NoAdapter
@@ -360,7 +360,12 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
     "engine": ENGINES,
     "optim": {"adamw": AdamW(), "adamw8bit": AdamW8bit(), "radam": RAdam()},
     "data": {"shards": Shards()},
-    "evals": {"digits": Digits(), "prompts": Prompts(), "none": NoEvals()},
+    "evals": {
+        "digits": Judged(),
+        "emoji": Judged(judge="datasets/emoji-few/judge.safetensors"),
+        "prompts": Prompts(),
+        "none": NoEvals(),
+    },
     "tracking": {"wandb": WandB(), "none": NoTracking()},
 }
 """Every option of every group; its defaults are the instance's values."""

@@ -97,3 +97,16 @@ def write_wide(folder: Path) -> ShardSet:
     """Write one labelled digit of 32x32."""
     wide = torch.nn.functional.pad(images()[0][0], (2, 2, 2, 2), value=-1)
     return write_shards(folder, [_sample(wide, 0, 0)], null=torch.zeros(1, 10), about=ABOUT)
+
+
+def write_tinted(folder: Path, chosen: slice) -> ShardSet:
+    """Write digits of 3 channels and 32x32, the odd ones red and the even ones blue."""
+    pixels, labels = images()
+    dark = -torch.ones(1, 28, 28)
+    samples = []
+    for i in range(*chosen.indices(len(pixels))):
+        label = int(labels[i])
+        planes = [pixels[i], dark, dark] if label % 2 else [dark, dark, pixels[i]]
+        tinted = torch.nn.functional.pad(torch.cat(planes), (2, 2, 2, 2), value=-1)
+        samples.append(_sample(tinted, label, i))
+    return write_shards(folder, samples, null=torch.zeros(1, 10), about=ABOUT)

@@ -19,7 +19,7 @@ from twinflow_train.dist import World
 from twinflow_train.errors import UserError
 from twinflow_train.evals.health import Health
 from twinflow_train.evals.heldout import heldout_loss
-from twinflow_train.evals.suite import Digits
+from twinflow_train.evals.suite import Judged
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
@@ -126,8 +126,8 @@ def test_of_prompts_alone_the_same_is_told(real: Real, tmp_path: Path) -> None:
     known = measure(real.heldout, scaled(0.5), scaled(0.4))
     assert found == pytest.approx(known, rel=1e-4)
     assert heldout_loss(scaled(0.5), prompts, ALONE, samples=12, batch=4, seed=0) == {}
-    with pytest.raises(UserError, match="evals=digits compares with images"):
-        Digits(judge=str(real.judge)).check(prompts)
+    with pytest.raises(UserError, match=r"evals\.judge judges images, and"):
+        Judged(judge=str(real.judge)).check(prompts)
 
 
 def test_ranks_change_nothing(real: Real) -> None:

@@ -49,6 +49,19 @@ def test_the_same_data_give_the_same_judge_and_global_randomness_is_left_alone(
     assert [path.name for path in files[1].parent.iterdir()] == ["b.safetensors"]
 
 
+def test_a_judge_has_the_shape_and_the_classes_of_its_set(tmp_path: Path) -> None:
+    train = digits.write_tinted(tmp_path / "train", slice(1, 2500, 10))  # digits 0 to 4
+    heldout = digits.write_tinted(tmp_path / "heldout", slice(0, 2500, 20))
+    path = tmp_path / "judge.safetensors"
+    assert fit_judge(train=train, heldout=heldout, path=path) > 0.8
+    judge = Judge.load(path)
+    assert (judge.shape, judge.classes) == ((3, 32, 32), 5)
+    images, labels = labelled(heldout)
+    logits, features = judge(images)
+    assert (logits.shape, features.shape) == ((125, 5), (125, 64))
+    assert metrics.accuracy(logits, labels) == judge.accuracy
+
+
 def test_a_judge_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evals\.judge: .*python data/digits\.py"):
         Judge.load(tmp_path / "none.safetensors")

@@ -27,7 +27,7 @@ from twinflow_train.evals.during import evaluate
 from twinflow_train.evals.health import Health
 from twinflow_train.evals.prompts import Prompts
 from twinflow_train.evals.results import Evaluation
-from twinflow_train.evals.suite import Digits, Evals, Networks
+from twinflow_train.evals.suite import Evals, Judged, Networks
 from twinflow_train.flow.sampler import Sampler, Style
 from twinflow_train.models.codec import Encoders
 from twinflow_train.models.qwen_codec import QwenImageEncoders
@@ -179,7 +179,7 @@ def test_the_gap_to_the_base_is_measured_on_the_same_noise(there: There, tmp_pat
 def test_an_evaluation_that_fails_is_counted_and_not_raised(
     there: There, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    suite = Digits(samplers=SAMPLERS, judge=str(tmp_path / "none"))
+    suite = Judged(samplers=SAMPLERS, judge=str(tmp_path / "none"))
     with caplog.at_level(logging.WARNING):
         found = during(ALONE, suite, there.heldout, tmp_path)
     values = found.metrics()

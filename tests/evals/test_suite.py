@@ -17,7 +17,7 @@ from twinflow_train.data.shards import ShardSet
 from twinflow_train.dist import World
 from twinflow_train.errors import UserError
 from twinflow_train.evals.results import Evaluation
-from twinflow_train.evals.suite import Digits, NoEvals
+from twinflow_train.evals.suite import Judged, NoEvals
 from twinflow_train.flow.sampler import Sampler, Style
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -31,7 +31,7 @@ SAMPLERS = [
 
 def run(world: World, heldout: Path, judge: str, batch: int) -> Evaluation:
     """Try two networks on 37 images, which no number of ranks above one divides."""
-    suite = Digits(images=37, batch=batch, judge=judge)
+    suite = Judged(images=37, batch=batch, judge=judge)
     networks = {"raw": digits.Linear.make(0), "ema": digits.Linear.make(1)}
     return suite.evaluate(networks, SAMPLERS, ShardSet(heldout), world)
 
@@ -47,7 +47,7 @@ def assert_same(found: Evaluation, expected: Evaluation) -> None:
 
 
 def test_class_means_are_recognised_but_neither_varied_nor_near(real: Real) -> None:
-    suite = Digits(images=500, judge=str(real.judge))
+    suite = Judged(images=500, judge=str(real.judge))
     means = digits.ToMeans(digits.class_means())
     found = suite.evaluate({"base": means}, [Sampler(start_gap=0.0)], real.heldout, ALONE)
     (result,) = found.results
@@ -78,11 +78,11 @@ def test_all_networks_and_samplers_get_the_same_noise_and_prompts(real: Real) ->
     def spy(name: str) -> digits.Spy:
         return digits.Spy(seen[name])
 
-    suite = Digits(images=6, batch=4, judge=str(real.judge))
+    suite = Judged(images=6, batch=4, judge=str(real.judge))
     suite.evaluate({"a": spy("a"), "b": spy("b")}, SAMPLERS[:1], real.heldout, ALONE)
     assert [len(call) for call in seen["a"]] == [4, 2]
     assert all(torch.equal(x, y) for x, y in zip(seen["a"], seen["b"], strict=True))
-    again = Digits(images=6, batch=6, judge=str(real.judge), seed=1)
+    again = Judged(images=6, batch=6, judge=str(real.judge), seed=1)
     again.evaluate({"b": spy("b")}, SAMPLERS[:1], real.heldout, ALONE)
     assert not torch.equal(seen["b"][-1][0], seen["a"][0][0])
 
@@ -100,7 +100,7 @@ def test_a_network_that_fell_apart_is_scored_not_raised(real: Real, tmp_path: Pa
     def broken(x_t: Tensor, t: Tensor, r: Tensor, cond: Condition, /) -> Tensor:
         return x_t * math.nan
 
-    suite = Digits(images=20, judge=str(real.judge))
+    suite = Judged(images=20, judge=str(real.judge))
     found = suite.evaluate({"raw": broken}, [Sampler()], real.heldout, ALONE)
     scores = found.results[0].scores
     assert scores["accuracy"] == 0
@@ -116,12 +116,12 @@ def test_no_evaluation_finds_nothing(real: Real) -> None:
 
 def test_it_is_its_own_configuration() -> None:
     config = OmegaConf.merge(
-        OmegaConf.structured(Digits),
+        OmegaConf.structured(Judged),
         {"images": 20, "samplers": [{"steps": 2, "stochasticity": 1.0}], "base": [
             {"steps": 30, "style": "multi", "kumaraswamy": [1.17, 0.8, 1.1]}]},
     )  # fmt: skip
     suite = OmegaConf.to_object(config)
-    assert isinstance(suite, Digits)
+    assert isinstance(suite, Judged)
     assert suite.samplers == [Sampler(steps=2, stochasticity=1.0)]
     assert suite.base[0].nfe == 30
 
@@ -130,19 +130,19 @@ def test_it_is_its_own_configuration() -> None:
 def test_counts_below_one_are_refused(key: str) -> None:
     option: dict[str, Any] = {key: 0}
     with pytest.raises(UserError, match=rf"evals\.{key} is 0"):
-        Digits(**option)
+        Judged(**option)
 
 
 def test_samplers_that_would_share_a_name_are_refused() -> None:
     same = [Sampler(steps=2, end_gap=0.6), Sampler(steps=2, end_gap=0.5)]
     with pytest.raises(UserError, match=r"evals\.base has two samplers named nfe2;"):
-        Digits(base=same)
+        Judged(base=same)
 
 
 def test_a_missing_judge_and_other_images_are_one_clear_line(real: Real, tmp_path: Path) -> None:
-    suite = Digits(images=2, judge=str(tmp_path / "none"))
+    suite = Judged(images=2, judge=str(tmp_path / "none"))
     with pytest.raises(UserError, match=r"evals\.judge"):
         suite.evaluate({}, [], real.heldout, ALONE)
     wide = digits.write_wide(tmp_path / "wide")
-    with pytest.raises(UserError, match=r"the data have \(1, 32, 32\)"):
-        Digits(images=2, judge=str(real.judge)).evaluate({}, [], wide, ALONE)
+    with pytest.raises(UserError, match=r"of shape \(1, 28, 28\), the data have \(1, 32, 32\)"):
+        Judged(images=2, judge=str(real.judge)).evaluate({}, [], wide, ALONE)

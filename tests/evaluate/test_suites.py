@@ -14,7 +14,7 @@ from PIL import Image
 from tests.tiny import JUDGE, tiny
 from twinflow_train.errors import UserError
 from twinflow_train.evaluate.benchmarks import DPG, GenEval
-from twinflow_train.evaluate.suites import LONGEST, Digits, Prompts, Suite
+from twinflow_train.evaluate.suites import LONGEST, Judged, Prompts, Suite
 
 LINES = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}],
@@ -154,7 +154,7 @@ def test_dpgs_score_is_the_last_line_of_its_results(tmp_path: Path) -> None:
 
 def test_digits_are_asked_for_by_their_captions(tmp_path_factory: pytest.TempPathFactory) -> None:
     there = tiny(tmp_path_factory).folder
-    suite = Digits(heldout=str(there / "heldout"), judge=str(there / JUDGE), limit=6)
+    suite = Judged(heldout=str(there / "heldout"), judge=str(there / JUDGE), limit=6)
     asked = suite.asked()
     assert [prompt.about["label"] for prompt in asked] == [0, 0, 0, 0, 1, 1]
     assert [prompt.text for prompt in asked[3:]] == ["a handwritten zero", "the digit one", "one"]
@@ -184,7 +184,7 @@ def test_prompts_of_ones_own_may_be_a_file_a_list_or_a_text(tmp_path: Path) -> N
         (lambda f: DPG(prompts="x", images=3), "takes 1 or 4"),
         (lambda f: Prompts(prompts="x", images=0), "suite.images is 0"),
         (lambda f: Prompts(prompts="x", limit=0), "suite.limit is 0"),
-        (lambda f: Digits(judge=str(f / "none")), "there is no judge"),
+        (lambda f: Judged(judge=str(f / "none")), "there is no judge"),
     ],
 )
 def test_bad_prompts_are_one_clear_line(tmp_path: Path, suite: object, said: str) -> None:

@@ -67,8 +67,8 @@ class NoEvals(Evals):
 
 
 @dataclass(kw_only=True)
-class Digits(Evals):
-    """Digits judged by a classifier, all networks and samplers on the same prompts and noise.
+class Judged(Evals):
+    """Images judged by a classifier, all networks and samplers on the same prompts and noise.
 
     Image i takes a caption of held-out sample i (modulo their number) and noise keyed by
     (seed, i), so results depend neither on `batch` nor on the ranks, up to rounding.
@@ -93,13 +93,13 @@ class Digits(Evals):
 
     def check(self, heldout: ShardSet) -> None:
         """Refuse a missing judge and images that it cannot judge: UserError."""
-        Judge.load(self.judge)
-        shape = heldout.latent_shape
+        judge, shape = Judge.load(self.judge), tuple(heldout.latent_shape)
         if not heldout.manifest.form.has_latents:
-            raise UserError("evals=digits compares with images, and data.heldout has prompts alone")
-        if shape != (1, 28, 28):
+            raise UserError("evals.judge judges images, and data.heldout has prompts alone")
+        if shape != judge.shape:
             raise UserError(
-                f"evals=digits judges images of shape (1, 28, 28), the data have {shape}"
+                f"evals.judge: {self.judge} judges images of shape {judge.shape}, the data have "
+                f"{shape}"
             )
 
     def evaluate(
@@ -108,7 +108,7 @@ class Digits(Evals):
         """Generate, judge and compare; scores: accuracy, frechet, diversity, seconds_per_image.
 
         seconds_per_image is the clock time of sampling on one device, averaged over ranks. Raises
-        UserError if there is no judge or the held-out data are not labelled 28x28 images.
+        UserError if there is no judge or the held-out data are not labelled images of its shape.
         """
         exam = agreed(world, lambda: _Exam.prepare(self, heldout, world))
         results, pictures = [], {}
@@ -139,7 +139,7 @@ class _Exam:
     about: Evaluation
 
     @staticmethod
-    def prepare(suite: Digits, heldout: ShardSet, world: World) -> _Exam:
+    def prepare(suite: Judged, heldout: ShardSet, world: World) -> _Exam:
         """Read the judge and the held-out images, and choose the first image of each class."""
         suite.check(heldout)
         judge = Judge.load(suite.judge).to(world.device)
@@ -175,7 +175,7 @@ class _Exam:
         mine, seconds = self.drawing.latents(velocity, sampler)
         return mine.clamp(-1, 1), seconds
 
-    def score(self, mine: Float[Tensor, "mine 1 28 28"]) -> dict[str, float]:
+    def score(self, mine: Float[Tensor, "mine c h w"]) -> dict[str, float]:
         """Score all ranks' images; collective."""
         with torch.no_grad():
             logits, features = (self.drawing.deal.collect(part).cpu() for part in self.judge(mine))
@@ -187,6 +187,6 @@ class _Exam:
             ),
         }
 
-    def picture(self, mine: Float[Tensor, "mine 1 28 28"]) -> Float[Tensor, "rows 1 28 28"]:
+    def picture(self, mine: Float[Tensor, "mine c h w"]) -> Float[Tensor, "rows c h w"]:
         """Bring together the images of the picture; collective."""
         return self.drawing.deal.collect(mine)[self.shown].cpu()

@@ -17,13 +17,21 @@ from twinflow_train import dist, run
 from twinflow_train.evaluate.benchmarks import DPG, GenEval
 from twinflow_train.evaluate.job import evaluate
 from twinflow_train.evaluate.settings import Evaluating
-from twinflow_train.evaluate.suites import Digits, Prompts
+from twinflow_train.evaluate.suites import Judged, Prompts
 from twinflow_train.launch import launch
 from twinflow_train.models import families
 from twinflow_train.models.features import CLIP, DINOv2, Inception
 
 GROUPS: Mapping[str, Mapping[str, Any]] = {
-    "suite": {"digits": Digits(), "prompts": Prompts(), "geneval": GenEval(), "dpg": DPG()},
+    "suite": {
+        "digits": Judged(),
+        "emoji": Judged(
+            heldout="datasets/emoji-few/heldout", judge="datasets/emoji-few/judge.safetensors"
+        ),
+        "prompts": Prompts(),
+        "geneval": GenEval(),
+        "dpg": DPG(),
+    },
     "features": {"inception": Inception(), "dinov2": DINOv2(), "clip": CLIP()},
     "model": run.GROUPS["model"],
     "encoders": families.OPTIONS,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -21,7 +22,7 @@ from twinflow_train.evals.grid import picture
 from twinflow_train.evals.judge import Judge, labelled
 from twinflow_train.evaluate.drawing import PICTURES, cut
 from twinflow_train.evaluate.settings import Evaluating
-from twinflow_train.evaluate.suites import Digits, Prompt, Suite
+from twinflow_train.evaluate.suites import Judged, Prompt, Suite
 from twinflow_train.files import whole_file
 from twinflow_train.models.codec import Codec
 from twinflow_train.models.features import FeatureNet, TextNet
@@ -91,7 +92,7 @@ class Scorer:
         } | asdict(metrics.neighbourhood(one, two))
 
     def _judged(self, found: Float[Tensor, "n features"]) -> dict[str, float]:
-        """Add what only the judge of digits says."""
+        """Add what only the judge says."""
         if not isinstance(self.net, JudgeNet) or self.real is None:
             return {}
         labels = torch.tensor([p.about["label"] for p in self.prompts])
@@ -104,23 +105,24 @@ class Scorer:
 
 @dataclass(kw_only=True)
 class JudgeNet(FeatureNet):
-    """The classifier of digits as a feature network. labels: of the real digits."""
+    """A set's classifier as a feature network. labels: of the real images."""
 
     judge: Judge
     labels: Tensor
 
     @torch.no_grad()
     def images(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "b 64"]:
-        """Return the judge's features of 28x28 pictures."""
+        """Return the judge's features of pictures of its size."""
+        channels, high, wide = self.judge.shape
         rows = []
         for one in pictures:
-            if one.size != (28, 28):
+            if one.size != (wide, high):
                 raise UserError(
-                    f"suite=digits judges pictures of 28x28 pixels, the model draws {one.size[0]}x"
-                    f"{one.size[1]}"
+                    f"suite.judge judges pictures of {wide}x{high} pixels, the model draws "
+                    f"{one.size[0]}x{one.size[1]}"
                 )
-            grey = torch.frombuffer(bytearray(one.convert("L").tobytes()), dtype=torch.uint8)
-            rows.append(grey.view(1, 28, 28).float() / 127.5 - 1)
+            pixels = torch.from_numpy(np.array(one.convert("L" if channels == 1 else "RGB")))
+            rows.append(pixels.view(high, wide, channels).permute(2, 0, 1).float() / 127.5 - 1)
         found: Tensor = self.judge(torch.stack(rows))[1]
         return found
 
@@ -136,7 +138,7 @@ def scorer(
     codec: loads what decodes latents, wanted for real pictures in shards alone.
     """
     suite = settings.suite
-    if isinstance(suite, Digits) and settings.features is None:
+    if isinstance(suite, Judged) and settings.features is None:
         images, labels = labelled(ShardSet(suite.heldout, option="suite.heldout"))
         net = JudgeNet(judge=Judge.load(suite.judge), labels=labels)
         with torch.no_grad():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from twinflow_train.engines.base import Precision
 from twinflow_train.errors import UserError
-from twinflow_train.evaluate.suites import Suite
+from twinflow_train.evaluate.suites import Judged, Suite
 from twinflow_train.flow.sampler import Sampler, Style
 from twinflow_train.models.base import Model
 from twinflow_train.models.codec import Encoders
@@ -45,7 +45,7 @@ class Evaluating:
     Face hub. also: more of them, drawn likewise. nfe: numbers of steps; style: of the published
     settings for them. compare: a base, drawn with `base`. baseline: through diffusers.
     suite: what is asked for. features: the network whose features are compared, null for none
-    (digits bring their own). real: a folder of real pictures, or a set of shards.
+    (digits and emoji bring their own). real: a folder of real pictures, or a set of shards.
     folder: for pictures and results; what is there is kept. seed: of the noise.
     height, width: in pixels; null is the model's usual size. batch: pictures in one network call.
     precision: of the networks; null is bf16 on a GPU. rows: prompts in the picture of pictures.
@@ -80,7 +80,7 @@ class Evaluating:
             raise UserError(
                 f"nfe is {self.nfe}; give one or more different numbers of steps, such as [1,2,4]"
             )
-        if self.real is not None and self.features is None and self.suite.name != "digits":
+        if self.real is not None and self.features is None and not isinstance(self.suite, Judged):
             raise UserError(
                 "real is compared in a network's features: choose features=dinov2, clip or "
                 "inception with features.path=..."

@@ -112,14 +112,19 @@ class Prompts(Suite):
 
 
 @dataclass(kw_only=True)
-class Digits(Suite):
-    """The built-in digits: captions of held-out ones, judged by the classifier of `data/digits.py`.
+class Judged(Suite):
+    """A built-in set, digits or emoji: captions of held-out images, judged by its classifier.
 
-    heldout: the shards. judge: its file. By default every held-out digit is asked for once.
+    heldout: the shards. judge: its file. By default every held-out image is asked for once.
     """
 
     heldout: str = "datasets/digits/heldout"
     judge: str = "datasets/digits/judge.safetensors"
+
+    @property
+    def name(self) -> str:
+        """Say which set it is."""
+        return Path(self.heldout).parent.name
 
     def _read(self) -> list[Prompt]:
         Judge.load(self.judge)
