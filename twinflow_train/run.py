@@ -25,8 +25,8 @@ from twinflow_train.engines.optim import AdamW, AdamW8bit, Optim, RAdam
 from twinflow_train.engines.options import ENGINES
 from twinflow_train.errors import UserError
 from twinflow_train.evals.health import Health
-from twinflow_train.evals.prompts import Prompts
-from twinflow_train.evals.suite import Evals, Judged, NoEvals
+from twinflow_train.evals.options import EVALS
+from twinflow_train.evals.suite import Evals
 from twinflow_train.faults import Faults
 from twinflow_train.metrics import Log, NoTracking, Tracking, WandB, open_log
 from twinflow_train.models.adapter import Adapter, NoAdapter
@@ -360,12 +360,7 @@ GROUPS: Mapping[str, Mapping[str, Any]] = {
     "engine": ENGINES,
     "optim": {"adamw": AdamW(), "adamw8bit": AdamW8bit(), "radam": RAdam()},
     "data": {"shards": Shards()},
-    "evals": {
-        "digits": Judged(),
-        "emoji": Judged(judge="datasets/emoji-few/judge.safetensors"),
-        "prompts": Prompts(),
-        "none": NoEvals(),
-    },
+    "evals": EVALS,
     "tracking": {"wandb": WandB(), "none": NoTracking()},
 }
 """Every option of every group; its defaults are the instance's values."""
