@@ -1,4 +1,4 @@
-"""Build two dozen emoji in many poses: a set small enough to learn to draw on a CPU in an hour.
+"""Build sixteen emoji in many poses: a set small enough to learn to draw on a CPU in an hour.
 
 Writes OUT/train, OUT/heldout and, for evaluations, OUT/judge.safetensors; the pictures are those
 of data/emoji.py. Run it as `python -m data.emoji_few`.
@@ -35,13 +35,11 @@ from twinflow_train.rng import generator
 
 CONCEPTS = (
     "red apple",
-    "banana",
     "strawberry",
     "watermelon",
     "pineapple",
-    "pizza",
     "doughnut",
-    "hamburger",
+    "pizza",
     "sunflower",
     "cactus",
     "mushroom",
@@ -49,22 +47,16 @@ CONCEPTS = (
     "cat face",
     "panda",
     "frog",
-    "pig face",
     "penguin",
-    "ghost",
     "jack-o-lantern",
-    "rocket",
-    "grinning face",
     "smiling face with sunglasses",
-    "smiling face with heart-eyes",
-    "crying face",
 )
 PHRASINGS = ("{name}, {style} emoji", "{name} emoji")
 """The second leaves the style open: a picture that is the mean of three styles is none of them."""
 
 SIDE = 32
-POSES = {"train": 40, "heldout": 7}
-TURN, SMALLEST = 15.0, 0.8
+POSES = {"train": 60, "heldout": 10}
+TURN, SMALLEST = 10.0, 0.85
 """The most that a picture is turned, in degrees, and the least that it is scaled to."""
 
 
