@@ -189,6 +189,7 @@ def test_dpgs_pictures_are_squares_named_as_prompts(
         (["nfe=[one]"], ["nfe"]),
         (["style=fast"], ["style", "few, any, multi"]),
         (["suite.prompts=[]"], ["suite.prompts: there is no prompt"]),
+        ([f"suite.prompts=[a,{'red ' * 1100}]"], ["tokens, and ", "the text encoder reads 1024"]),
         (["suite=everything"], ["suite"]),
         (["batch=0"], ["batch is 0"]),
         (["height=40"], ["height is 40", "multiple of 16"]),

@@ -18,6 +18,7 @@ import torch
 from diffusers import SanaPipeline, StableDiffusion3Pipeline, ZImagePipeline
 from torch import Tensor
 
+from tests.models.tools import check_length
 from tests.pipelines import sana, sd3, z_image
 from twinflow_train.batch import Embedding
 from twinflow_train.errors import UserError
@@ -187,6 +188,11 @@ def test_it_says_what_a_set_has_to_know(name: str) -> None:
     found, coded = codec(name), CODECS[name]
     assert found.multiple == coded.multiple
     assert found.null_prompt == coded.encoders.null_prompt == coded.null
+
+
+@pytest.mark.parametrize(("name", "most"), [("sana", 300), ("sd3", 256), ("z_image", 512)])
+def test_it_counts_what_of_a_prompt_is_read(name: str, most: int) -> None:
+    check_length(codec(name), most)
 
 
 def test_sd3_s_embeddings_all_have_as_many_tokens() -> None:

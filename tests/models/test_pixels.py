@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.models.tools import check_length
 from twinflow_train.errors import UserError
 from twinflow_train.models.families import encoders_of
 from twinflow_train.models.pixels import PixelEncoders, Text
@@ -33,6 +34,11 @@ def test_grey_pictures_have_one_channel_and_come_back_in_three() -> None:
     latents = codec.encode(grey)
     assert latents.shape == (1, *codec.latent_shape(28, 28))
     torch.testing.assert_close(codec.decode(latents), grey)
+
+
+def test_it_counts_what_of_a_prompt_is_read() -> None:
+    encoders = PixelEncoders()
+    check_length(encoders.open(encoders.find(), CPU), 512)
 
 
 def test_texts_and_their_revision_are_those_of_the_recipes() -> None:

@@ -12,6 +12,7 @@ from diffusers import QwenImageEditPipeline, QwenImagePipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.models.tools import check_length
 from tests.pipelines.qwen_image import PREFIX, write_pipeline
 from twinflow_train.errors import UserError
 from twinflow_train.models.qwen_codec import PARTS, QwenImageCodec, QwenImageEncoders
@@ -87,6 +88,10 @@ def test_prompts_of_like_length_share_their_padding(codec: QwenImageCodec) -> No
 
 def test_a_very_long_prompt_is_cut_as_the_stock_pipeline_cuts_it(codec: QwenImageCodec) -> None:
     assert [len(text) for text in codec.embed(["the " * 1500], at_once=1)] == [1024]
+
+
+def test_it_counts_what_of_a_prompt_is_read(codec: QwenImageCodec) -> None:
+    check_length(codec, 1024)
 
 
 @torch.no_grad()

@@ -11,11 +11,35 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
 from twinflow_train.batch import Condition
+from twinflow_train.models.codec import Codec, Length
 from twinflow_train.models.qwen_image import QwenImage, QwenImageNet
 from twinflow_train.models.weights import Weights
 
 SMALL = QwenImage(layers=2, heads=2, head_dim=8, text_width=12, channels=4, rope=[4, 2, 2])
 HEIGHT, WIDTH = 4, 6
+
+
+def check_length(codec: Codec, most: int) -> None:
+    """Hold that `length` tells what is cut: of a text that fits every word counts.
+
+    The last word of one that is too long does not.
+    """
+
+    def said(words: int) -> Length:
+        found = codec.length(" ".join(["red"] * words))
+        assert found is not None
+        return found
+
+    def last_word_counts(words: int) -> bool:
+        texts = [" ".join([*["red"] * (words - 1), last]) for last in ("red", "size")]
+        one, other = codec.embed(texts, at_once=1)
+        return one.tokens.shape != other.tokens.shape or not torch.equal(one.tokens, other.tokens)
+
+    assert said(1).most == most
+    fits = max(words for words in range(1, most + 1) if said(words).tokens <= most)
+    assert last_word_counts(fits)
+    assert said(2 * fits).tokens > most
+    assert not last_word_counts(2 * fits)
 
 
 def stock_model(size: QwenImage = SMALL, **changes: Any) -> QwenImageTransformer2DModel:

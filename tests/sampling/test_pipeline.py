@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.pipelines.qwen_image import SIZE, write_pipeline
 from tests.pipelines.qwen_image_edit import EDIT_SIZE, write_edit_pipeline
-from twinflow_train.batch import Condition
+from twinflow_train.batch import Condition, Embedding
 from twinflow_train.errors import UserError
 from twinflow_train.flow.sampler import FEW, Sampler, Style, published, sample
 from twinflow_train.models.loading import filled
@@ -244,6 +245,31 @@ def test_released_folders_are_told_apart(tmp_path: Path) -> None:
 
 
 # Places that are not whole
+
+
+def test_a_prompt_that_is_too_long_is_refused_by_its_tokens(pipeline: TwinFlowPipeline) -> None:
+    long = "red " * 1100
+    with pytest.raises(UserError, match=r"prompts: 'red red .* tokens, and the text encoder reads"):
+        pipeline(["red", long], **SMALL)
+    pipeline.check(["red", long[:2000]])
+
+
+def test_equal_prompts_are_encoded_once(
+    pipeline: TwinFlowPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    embed = pipeline.codec.embed
+
+    def counted(prompts: Sequence[str], *, at_once: int) -> list[Embedding]:
+        asked.extend(prompts)
+        return embed(prompts, at_once=at_once)
+
+    monkeypatch.setattr(pipeline.codec, "embed", counted)
+    found = pipeline.embed(["text", "a red apple", "text"])
+    assert asked == ["text", "a red apple"]
+    alone = pipeline.embed(["a red apple"])
+    assert torch.equal(found.tokens[0], found.tokens[2])
+    assert torch.equal(found.tokens[1][: alone.tokens.shape[1]], alone.tokens[0])
 
 
 def write_export(folder: Path, source: Path) -> Path:

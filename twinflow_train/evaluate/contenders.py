@@ -66,12 +66,18 @@ class Contender:
             for sampler in self.samplers
         ]
 
-    def artists(self, wanted: Sequence[Entry], device: torch.device) -> Iterator[Artist]:
-        """Load once, and yield who draws each of the entries."""
+    def artists(
+        self, wanted: Sequence[Entry], texts: Sequence[str], device: torch.device
+    ) -> Iterator[Artist]:
+        """Load once, and yield who draws each of the entries.
+
+        UserError for a text that is too long for the text encoder, before anything is drawn.
+        """
         precision = self.settings.precision
         pipeline = TwinFlowPipeline.of(
             self.origin, device=device, dtype=precision.dtype if precision else None
         )
+        pipeline.check(texts)
         for entry in wanted:
             assert isinstance(entry.how, Sampler)
             yield _Ours(pipeline, self.settings, entry.how)
@@ -133,8 +139,10 @@ class Stock:
             )
         ]
 
-    def artists(self, wanted: Sequence[Entry], device: torch.device) -> Iterator[Artist]:
-        """Load, and yield who draws the entry."""
+    def artists(
+        self, wanted: Sequence[Entry], texts: Sequence[str], device: torch.device
+    ) -> Iterator[Artist]:
+        """Load, and yield who draws the entry; stock pipelines cut long texts as they do."""
         precision, said = self.settings.precision, self.baseline
         for _ in wanted:
             yield StockPipeline(

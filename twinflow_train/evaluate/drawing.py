@@ -53,7 +53,7 @@ def draw(
         if missing[entry.folder] or (world.main and not (folder / entry.folder / LATENCY).is_file())
     ]
     if lacking:
-        artists = who.artists(lacking, world.device)
+        artists = who.artists(lacking, [prompt.text for prompt in prompts], world.device)
         for entry, artist in zip(lacking, artists, strict=True):
             done = len(mine) - len(missing[entry.folder])
             bar = tqdm(

@@ -15,9 +15,6 @@ from twinflow_train.errors import UserError
 from twinflow_train.evals.judge import Judge
 from twinflow_train.files import whole_file
 
-LONGEST = 2000
-"""Characters of a prompt: text encoders cut longer ones without a word."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
@@ -56,11 +53,6 @@ class Suite:
             if not prompt.text.strip():
                 raise UserError(
                     f"suite.prompts: number {prompt.number} of {self._source()} is empty"
-                )
-            if len(prompt.text) > LONGEST:
-                raise UserError(
-                    f"suite.prompts: number {prompt.number} of {self._source()} has "
-                    f"{len(prompt.text)} characters; at most {LONGEST} are read by text encoders"
                 )
         return found
 

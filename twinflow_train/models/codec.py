@@ -27,6 +27,14 @@ Parts = Mapping[str, str | tuple[str, ...]]
 """The class of each part of a pipeline that is needed, or the several that will do."""
 
 
+@dataclass(frozen=True)
+class Length:
+    """How many tokens a prompt has, and the most that its text encoder is shown."""
+
+    tokens: int
+    most: int
+
+
 class Codec(ABC):
     """A family's picture and prompt encoders, loaded.
 
@@ -57,6 +65,10 @@ class Codec(ABC):
     @abstractmethod
     def embed(self, prompts: Sequence[str], *, at_once: int) -> list[Embedding]:
         """Return each prompt's embedding, encoding `at_once` a time."""
+
+    def length(self, prompt: str) -> Length | None:
+        """Count a prompt's tokens: with more than the most its end is lost. None: none is."""
+        return None
 
 
 class EditCodec(Codec):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from twinflow_train.batch import Embedding
 from twinflow_train.errors import UserError, check
-from twinflow_train.models.codec import Codec, Encoders, PipelineFolder
+from twinflow_train.models.codec import Codec, Encoders, Length, PipelineFolder
 from twinflow_train.models.smollm import SmolLM2, smollm2_folder
 from twinflow_train.models.text import MiniLM, minilm_folder
 
@@ -101,3 +101,9 @@ class PixelCodec(Codec):
     def embed(self, prompts: Sequence[str], *, at_once: int) -> list[Embedding]:
         """Return each prompt's embedding, encoding `at_once` a time."""
         return [Embedding(tokens) for tokens in self._text.encode(prompts, at_once=at_once)]
+
+    def length(self, prompt: str) -> Length | None:
+        """Count a prompt's tokens; SmolLM2 reads any number."""
+        if isinstance(self._text, SmolLM2):
+            return None
+        return Length(self._text.count(prompt), self._text.most)

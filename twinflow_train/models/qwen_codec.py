@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from twinflow_train.batch import Embedding
-from twinflow_train.models.codec import Codec, Encoders, PipelineFolder, find_pipeline
+from twinflow_train.models.codec import Codec, Encoders, Length, PipelineFolder, find_pipeline
 from twinflow_train.models.pipeline_codec import in_turn, open_pipeline
 
 PARTS = {
@@ -95,3 +95,10 @@ class QwenImageCodec(Codec):
                 yield Embedding(each if mask is None else each[mask[row].bool()])
 
         return in_turn(prompts, at_once, encode)
+
+    def length(self, prompt: str) -> Length | None:
+        """Count a prompt's tokens, with those of the template that stand after it."""
+        pipeline = self._pipeline
+        found = pipeline.tokenizer(pipeline.prompt_template_encode.format(prompt), verbose=False)
+        shown = len(found.input_ids) - pipeline.prompt_template_encode_start_idx
+        return Length(shown, pipeline.tokenizer_max_length)

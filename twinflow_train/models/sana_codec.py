@@ -12,7 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from twinflow_train.batch import Embedding
-from twinflow_train.models.codec import Codec, Encoders, Parts, PipelineFolder, find_pipeline
+from twinflow_train.models.codec import (
+    Codec,
+    Encoders,
+    Length,
+    Parts,
+    PipelineFolder,
+    find_pipeline,
+)
 from twinflow_train.models.pipeline_codec import in_turn, open_pipeline
 
 PARTS: Parts = {
@@ -79,6 +86,7 @@ class SanaCodec(DeepCompression):
         self.text_width = self._pipeline.text_encoder.eval().config.hidden_size
         asked = inspect.signature(SanaPipeline.__call__).parameters
         self._instruction: list[str] = asked["complex_human_instruction"].default
+        self._most: int = asked["max_sequence_length"].default
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str], *, at_once: int) -> list[Embedding]:
@@ -91,6 +99,18 @@ class SanaCodec(DeepCompression):
         nothing = self._encode([""], instruction=None) if len(asked) < len(prompts) else ()
         empty = next(iter(nothing), None)
         return [next(found) if prompt or empty is None else empty for prompt in prompts]
+
+    def length(self, prompt: str) -> Length | None:
+        """Count a prompt's tokens behind the instruction, two of which stand for those at its end.
+
+        That is how the stock pipeline counts.
+        """
+        before = "\n".join(self._instruction)
+        whole, opening = (
+            len(self._pipeline.tokenizer(text, verbose=False).input_ids)
+            for text in (before + prompt, before)
+        )
+        return Length(whole - opening + 2, self._most)
 
     def _instructed(self, prompts: list[str]) -> Iterator[Embedding]:
         return self._encode(prompts, instruction=self._instruction)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from twinflow_train.batch import Embedding
-from twinflow_train.models.codec import Encoders, Parts, PipelineFolder, find_pipeline
+from twinflow_train.models.codec import Encoders, Length, Parts, PipelineFolder, find_pipeline
 from twinflow_train.models.pipeline_codec import ShiftedVAE, in_turn, open_pipeline
 
 CLIP, T5 = "CLIPTextModelWithProjection", ("T5TokenizerFast", "T5Tokenizer")
@@ -81,3 +81,8 @@ class SD3Codec(ShiftedVAE):
             return map(Embedding, tokens, pooled)
 
         return in_turn(prompts, at_once, encode)
+
+    def length(self, prompt: str) -> Length | None:
+        """Count a prompt's tokens for T5; both CLIPs are shown its opening alone, as released."""
+        found = self._pipeline.tokenizer_3(prompt, verbose=False)
+        return Length(len(found.input_ids), T5_TOKENS)

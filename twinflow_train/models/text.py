@@ -72,6 +72,16 @@ class MiniLM:
                 raise UserError(f"the caption {text!r} has no token to encode")
         return states
 
+    @property
+    def most(self) -> int:
+        """Return how many tokens of a text are encoded."""
+        most: int = self._tokenizer.model_max_length
+        return most
+
+    def count(self, text: str) -> int:
+        """Count the tokens of a text, with the two around it."""
+        return len(self._tokenizer(text, verbose=False).input_ids)
+
     def _encode(self, texts: list[str]) -> list[Tensor]:
         tokens = self._tokenizer(
             texts,

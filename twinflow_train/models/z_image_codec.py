@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from twinflow_train.batch import Embedding
-from twinflow_train.models.codec import Encoders, Parts, PipelineFolder, find_pipeline
+from twinflow_train.models.codec import Encoders, Length, Parts, PipelineFolder, find_pipeline
 from twinflow_train.models.pipeline_codec import ShiftedVAE, in_turn, open_pipeline
 
 PARTS: Parts = {
@@ -49,6 +50,8 @@ class ZImageCodec(ShiftedVAE):
 
         pipeline = open_pipeline(ZImagePipeline, folder, device)
         super().__init__(pipeline, device, patch=PATCH)
+        asked = inspect.signature(ZImagePipeline.encode_prompt).parameters
+        self._most: int = asked["max_sequence_length"].default
         self.text_width = pipeline.text_encoder.eval().config.hidden_size
 
     @torch.no_grad()
@@ -62,3 +65,14 @@ class ZImageCodec(ShiftedVAE):
             return map(Embedding, found)
 
         return in_turn(prompts, at_once, encode)
+
+    def length(self, prompt: str) -> Length | None:
+        """Count a prompt's tokens, with those of the template."""
+        asked = self._pipeline.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=True,
+        )
+        found = self._pipeline.tokenizer(asked, verbose=False)
+        return Length(len(found.input_ids), self._most)

@@ -121,8 +121,7 @@ class TwinFlowPipeline:
             UserError: a size, a style or a prompt that the model cannot take.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not texts or not all(text.strip() for text in texts):
-            raise UserError("prompts: at least one is wanted, and none may be empty")
+        self.check(texts)
         style = Style[style] if isinstance(style, str) else style
         how = sampler or self.origin.sampler(steps=num_inference_steps, style=style)
         shape = self.shape(height, width)
@@ -141,6 +140,18 @@ class TwinFlowPipeline:
             latents += list(found)
         drawn = torch.cat(list(self._decoded(latents)))
         return Drawn(tensors=drawn, sampler=how, seconds=seconds / len(numbers))
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that are empty, or too long for the text encoder: UserError."""
+        if not prompts or not all(text.strip() for text in prompts):
+            raise UserError("prompts: at least one is wanted, and none may be empty")
+        for text in dict.fromkeys(prompts):
+            length = self.codec.length(text)
+            if length is not None and length.tokens > length.most:
+                raise UserError(
+                    f"prompts: {text[:40]!r}... has {length.tokens} tokens, and the text encoder "
+                    f"reads {length.most}: shorten it"
+                )
 
     def shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Return the latent's shape for a size in pixels; UserError if the model cannot draw it."""
@@ -180,14 +191,16 @@ class TwinFlowPipeline:
     def embed(
         self, prompts: Sequence[str], references: Sequence[UInt8[Tensor, "3 h w"]] = ()
     ) -> Condition:
-        """Encode prompts, one at a time: what stands beside one changes nothing.
+        """Encode prompts, one at a time: what stands beside one changes nothing. Equal ones, once.
 
         references: the pictures that they are about, for editing.
         """
         if isinstance(self.codec, EditCodec):
             found = self.codec.embed_edits(prompts, references)
         else:
-            found = self.codec.embed(prompts, at_once=1)
+            distinct = list(dict.fromkeys(prompts))
+            made = dict(zip(distinct, self.codec.embed(distinct, at_once=1), strict=True))
+            found = [made[text] for text in prompts]
         cond = Condition.of([each.to("cpu", torch.float32) for each in found]).to(self.device)
         latents = (self.codec.encode(scaled(one)[None]) for one in references)
         return replace(
