@@ -113,6 +113,14 @@ end() {
     done
 }
 
+# ends: print what the ranks ended with that were started here, each code once, and - for a death.
+ends() {
+    local file
+    for file in "$START_FOLDER"/rank-*.pid; do
+        [[ ! -f $file ]] || cat "${file%.pid}.code" 2>/dev/null || echo -
+    done | sort -u
+}
+
 # With torchrun no rank outlives this script: one that did would hold the run's folder.
 finish() {
     end KILL
@@ -163,7 +171,11 @@ begin "${command[@]}"
 attend
 if [[ -f $START_FOLDER/code ]]; then
     code=$(<"$START_FOLDER/code")
-elif ((code)) && $stopped && ! compgen -G "$START_FOLDER/failed-*" >/dev/null; then
-    code=75 # torchrun itself ended of the request, before there were ranks to save
+elif $stopped; then
+    # torchrun fails of the request, whatever its ranks made of it.
+    case $(ends) in
+        '') code=75 ;; # there were none: nothing to save
+        0) code=0 ;;
+    esac
 fi
 exit "$code"

@@ -20,7 +20,7 @@ fi
 # A signal to all processes reaches the command too: this shell only waits for what it makes of it.
 trap : TERM INT HUP
 echo $$ >"$START_FOLDER/rank-$LOCAL_RANK.pid"
-rm -f "$START_FOLDER/failed-$LOCAL_RANK"
+rm -f "$START_FOLDER/rank-$LOCAL_RANK.code"
 [[ $LOCAL_RANK != 0 ]] || rm -f "$START_FOLDER/code"
 
 # end CODE: tell the code, and end as after a success; where this rank alone does, the others wait for
@@ -34,7 +34,6 @@ end() {
 "$@"
 code=$?
 case $code in
-    0) exit 0 ;;
     75)
         echo $code >"$START_FOLDER/code"
         exit 0
@@ -47,5 +46,5 @@ case $code in
         [[ ! -f $START_FOLDER/asked ]] || end 75
         ;;
 esac
-touch "$START_FOLDER/failed-$LOCAL_RANK"
+echo $code >"$START_FOLDER/rank-$LOCAL_RANK.code"
 exit $code

@@ -32,6 +32,8 @@ def main(end: str, folder: Path) -> int:
             return 2
         case "refuse alone":
             return 2 if rank == 0 else wait(lambda: False)
+        case "end when asked":
+            wait(lambda: bool(asked))
         case "save" | "save late":
             wait(lambda: bool(asked))
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as the trainer does

@@ -214,6 +214,23 @@ def test_asked_to_stop_before_there_are_ranks_it_has_nothing_to_save(tmp_path: P
         assert (process.returncode, starts(tmp_path)) == (75, 0)
 
 
+def test_asked_to_stop_when_it_is_done_it_is_done(tmp_path: Path) -> None:
+    with started(tmp_path, "end when asked") as process:
+        until(lambda: listening(tmp_path))
+        process.terminate()
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+
+
+def test_a_rank_that_does_not_stop_is_killed_and_has_not_saved(tmp_path: Path) -> None:
+    with started(tmp_path, "hang") as process:
+        until(lambda: listening(tmp_path))
+        process.terminate()
+        process.communicate(timeout=60)
+        assert process.returncode not in (0, 2, 75)
+    assert not alive(tmp_path)
+
+
 def test_a_signal_that_comes_too_early_is_told_again(tmp_path: Path) -> None:
     with started(tmp_path, "save late") as process:
         until(lambda: begun(tmp_path))
