@@ -13,7 +13,7 @@ from twinflow_train.reporting import page
 from twinflow_train.reporting.summary import FILE, read, table
 
 
-def main(folders: list[Path], out: Path | None) -> None:
+def main(folders: list[Path], out: Path | None, evaluations: list[Path]) -> None:
     """Print the table of each run that has ended, and write the page."""
     for folder in folders:
         if (folder / FILE).is_file():
@@ -21,7 +21,7 @@ def main(folders: list[Path], out: Path | None) -> None:
             print(f"{summary['name']}: step {summary['step']:,}, {summary['samples']:,} samples")
             print(table(summary))
     path = out or folders[0] / "report.html"
-    page.write(folders, path)
+    page.write(folders, path, evaluations=evaluations)
     print(f"page: {path}")
 
 
@@ -33,9 +33,17 @@ if __name__ == "__main__":
     )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", type=Path, help="the page; RUN/report.html of the first run")
+    parser.add_argument(
+        "--evaluation",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FOLDER",
+        help="of twinflow_train.evaluate, to stand on the page too; may be given several times",
+    )
     words = parser.parse_args()
     try:
-        main(words.runs, words.out)
+        main(words.runs, words.out, words.evaluation)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

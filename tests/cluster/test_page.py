@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.reporting.test_page import HOSTILE, end, write_run
+from tests.reporting.test_page import HOSTILE, end, evaluated, write_run
 from twinflow_train.reporting import page
 
 ASK = """
@@ -43,6 +43,7 @@ addEventListener("load", async () => {
     moved: picture.src !== before,
     size: [picture.naturalWidth, picture.naturalHeight],
     rows: all("#results tbody tr").length,
+    evaluated: all("#evaluations td").map((node) => node.textContent),
     names: all("#samples h3").map((node) => node.textContent),
     differs: all("#settings .differ td:first-child").map((node) => node.textContent),
     broken: window.broken === true,
@@ -80,7 +81,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ]
     end(runs[0])
     Image.new("RGB", (30, 20), "red").save(runs[0] / "samples" / "step-00000000.png")
-    page.write(runs, folder / "page.html")
+    found = evaluated(folder / "geneval")
+    page.write(runs, folder / "page.html", evaluations=[found])
     text = (folder / "page.html").read_text()
     (folder / "asked.html").write_text(text.replace("</body>", f"{ASK}</body>"))
     found = re.search(r'<pre id="told">(\S+)</pre>', browse(folder / "asked.html", "--dump-dom"))
@@ -94,7 +96,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_every_section_and_chart_is_there(told: dict[str, Any]) -> None:
     assert told["failed"] == ""
     assert told["headings"] == [
-        "Results", "Samples", "Quality", "Losses", "Health", "Others", "Settings",
+        "Results", "Evaluations", "Samples", "Quality", "Losses", "Health", "Others", "Settings",
     ]  # fmt: skip
     assert set(told["charts"]) == {"accuracy", "loss/total", "norm/grad", "lr"}
     assert told["drawn"]
@@ -115,6 +117,8 @@ def test_the_legend_shows_what_was_hidden(told: dict[str, Any]) -> None:
 
 def test_what_runs_are_called_stays_text(told: dict[str, Any]) -> None:
     assert told["names"] == ["one", HOSTILE]
+    assert "0.875" in told["evaluated"]
+    assert any(HOSTILE[:20] in cell for cell in told["evaluated"])
     assert not told["broken"]
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -132,6 +135,47 @@ def test_pictures_are_thinned_until_they_fit(
     steps = [each["step"] for each in data_of(tmp_path / "page.html")["runs"][0]["pictures"]]
     assert len(steps) == 4
     assert steps[-1] == 90
+
+
+def evaluated(folder: Path, **more: Any) -> Path:
+    """Write what an evaluation leaves."""
+    folder.mkdir()
+    rows = [{"model": HOSTILE, "nfe": 1, "steps": 1, "style": "few", "geneval": 0.875, "dpg": 83.2}]
+    said = {"suite": "geneval", "prompts": 553, "images": 4, "results": rows} | more
+    (folder / "results.json").write_text(json.dumps(said))
+    Image.new("RGB", (8, 8)).save(folder / "grid.png")
+    return folder
+
+
+def test_what_evaluations_found_is_read_back(tmp_path: Path) -> None:
+    run, found = write_run(tmp_path / "run"), evaluated(tmp_path / "geneval")
+    page.write([run], tmp_path / "page.html", evaluations=[found])
+    (one,) = data_of(tmp_path / "page.html")["evaluations"]
+    assert one["asked"] == "geneval: 553 prompts, 4 pictures of each"
+    row = dict(zip(one["head"], one["rows"][0], strict=True))
+    assert (row["model"], row["GenEval"], row["DPG"]) == (HOSTILE.replace("\u2028", ""), "0.875",
+                                                          "83.2")  # fmt: skip
+    assert [picture[:22] for picture in one["pictures"]] == ["data:image/png;base64,"]
+    for text in ("{}", "[]", '{"results"'):
+        (found / "results.json").write_text(text)
+        with pytest.raises(UserError, match=r"--evaluation: .*results\.json was not written by"):
+            page.write([run], tmp_path / "page.html", evaluations=[found])
+
+
+def test_large_pictures_are_shown_smaller(tmp_path: Path) -> None:
+    """Eight prompts in nine columns of 1024 pixels are a hundred megabytes."""
+    folder = write_run(tmp_path / "run", steps=10)
+    draws = np.random.default_rng(0).integers(0, 255, (600, 2400, 3), dtype=np.uint8)
+    large = folder / "samples" / "step-00000010.png"
+    Image.fromarray(draws).save(large)
+    assert large.stat().st_size > page.LIGHT_BYTES
+    page.write([folder], tmp_path / "page.html")
+    first, last = data_of(tmp_path / "page.html")["runs"][0]["pictures"]
+    assert first["png"].startswith("data:image/png;")
+    assert last["png"].startswith("data:image/jpeg;")
+    with Image.open(BytesIO(base64.b64decode(last["png"].partition(",")[2]))) as shown:
+        assert shown.size == (2000, 500)
+    assert (tmp_path / "page.html").stat().st_size < large.stat().st_size / 2
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:

@@ -7,8 +7,11 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from twinflow_train.errors import UserError
 from twinflow_train.files import whole_file
@@ -22,7 +25,9 @@ POINTS = 400
 PICTURES = 24
 """Pictures of a run: more are thinned out evenly."""
 PICTURE_BYTES = 24_000_000
-"""Of all pictures on the page."""
+"""Of all pictures of runs on the page."""
+LIGHT_BYTES, LIGHT_SIDE = 1_000_000, 2000
+"""A larger picture is shown smaller, as a JPEG of at most so many pixels a side."""
 SECTIONS = {
     "Losses": ("loss/", "eval/raw/heldout/", "eval/ema/heldout/", "eval/slow/heldout/"),
     "Quality": ("eval/",),
@@ -62,13 +67,14 @@ class Curves:
         return Curves({name: _thinned(curve) for name, curve in sorted(found.items())})
 
 
-def write(folders: Sequence[Path], path: Path) -> None:
-    """Write a page on runs.
+def write(folders: Sequence[Path], path: Path, *, evaluations: Sequence[Path] = ()) -> None:
+    """Write a page on runs, and on what `twinflow_train.evaluate` wrote to `evaluations`.
 
     Raises:
-        UserError: a folder is no run's, or the page cannot be written.
+        UserError: a folder is no run's, or no evaluation's, or the page cannot be written.
     """
-    page = TEMPLATE.read_text().replace("DATA", _json(_data(folders)), 1)
+    data = _data(folders) | {"evaluations": [_evaluation(folder) for folder in evaluations]}
+    page = TEMPLATE.read_text().replace("DATA", _json(data), 1)
     try:
         with whole_file(path) as unfinished:
             unfinished.write_text(page)
@@ -99,6 +105,27 @@ def _data(folders: Sequence[Path]) -> dict[str, Any]:
         "results": _results(names, folders),
         "sections": list(_sections(curves, [list(_bases(folder)) for folder in folders])),
         "settings": _settings(manifests),
+    }
+
+
+def _evaluation(folder: Path) -> dict[str, Any]:
+    """Return the table and the pictures of an evaluation."""
+    path = folder / "results.json"
+    try:
+        said = json.loads(path.read_text())
+        head, *rows = cells(said["results"], said.get("real"))
+        asked = f"{said['suite']}: {said['prompts']:,} prompts, {said['images']:,} pictures of each"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--evaluation: {path} was not written by twinflow_train.evaluate ({error!r})"
+        ) from error
+    shown = [folder / name for name in ("quality.png", "grid.png")]
+    return {
+        "name": folder.name,
+        "asked": asked,
+        "head": head,
+        "rows": rows,
+        "pictures": [_embedded(picture) for picture in shown if picture.is_file()],
     }
 
 
@@ -233,9 +260,21 @@ def _thinned(curve: Curve) -> Curve:
 def _pictures(folder: Path, most_bytes: int) -> Iterator[dict[str, Any]]:
     """Yield a run's pictures, evenly thinned to fit, the last one always among them."""
     there = sorted((folder / "samples").glob("step-*.png"))
-    room = sum(path.stat().st_size for path in there) / most_bytes
+    room = sum(min(path.stat().st_size, LIGHT_BYTES) for path in there) / most_bytes
     many = min(len(there), PICTURES, int(len(there) / room) if room > 1 else len(there)) or 1
     chosen = [there[len(there) - 1 - n * len(there) // many] for n in range(many)] if there else []
     for path in reversed(chosen):
-        png = base64.b64encode(path.read_bytes()).decode()
-        yield {"step": int(path.stem.partition("-")[2]), "png": f"data:image/png;base64,{png}"}
+        yield {"step": int(path.stem.partition("-")[2]), "png": _embedded(path)}
+
+
+def _embedded(path: Path) -> str:
+    """Return a picture as a URL that holds it: the file itself, or a smaller one if it is large."""
+    kind, content = "png", path.read_bytes()
+    if len(content) > LIGHT_BYTES:
+        with Image.open(path) as opened:
+            small = opened.convert("RGB")
+        small.thumbnail((LIGHT_SIDE, LIGHT_SIDE))
+        light = BytesIO()
+        small.save(light, format="JPEG", quality=85)
+        kind, content = "jpeg", light.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
