@@ -81,8 +81,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ]
     end(runs[0])
     Image.new("RGB", (30, 20), "red").save(runs[0] / "samples" / "step-00000000.png")
-    found = evaluated(folder / "geneval")
-    page.write(runs, folder / "page.html", evaluations=[found])
+    page.write(runs, folder / "page.html", evaluations=[evaluated(folder / "geneval")])
     text = (folder / "page.html").read_text()
     (folder / "asked.html").write_text(text.replace("</body>", f"{ASK}</body>"))
     found = re.search(r'<pre id="told">(\S+)</pre>', browse(folder / "asked.html", "--dump-dom"))
