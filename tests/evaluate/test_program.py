@@ -8,11 +8,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.evals.digits import images as digits
@@ -20,9 +21,16 @@ from tests.evaluate.test_suites import LINES
 from tests.pipelines.features import write_clip, write_dinov2
 from tests.pipelines.qwen_image import SIZE, write_pipeline
 from tests.program import Program, refused, serve
+from twinflow_train.data.manifest import About
+from twinflow_train.data.sample import Sample
+from twinflow_train.data.shards import ShardSet
+from twinflow_train.data.writing import write_shards
+from twinflow_train.evals.grid import picture
 from twinflow_train.evaluate.__main__ import GROUPS
 from twinflow_train.evaluate.settings import Baseline, Evaluating
 from twinflow_train.files import sha256
+from twinflow_train.models.codec import Encoders
+from twinflow_train.models.qwen_codec import QwenImageEncoders
 
 MODEL = [
     "model=qwen_image",
@@ -67,6 +75,26 @@ def write_real(folder: Path) -> Path:
     folder.mkdir()
     for n, each in enumerate(((digits()[0][::250, 0] + 1) * 127.5).byte()):
         Image.fromarray(each.numpy()).convert("RGB").resize((48, 32)).save(folder / f"{n}.png")
+    return folder
+
+
+def write_latents(folder: Path) -> ShardSet:
+    """Write a set of latents of the tiny pipeline's VAE."""
+    draws = torch.Generator().manual_seed(0)
+    samples = [
+        Sample(key=f"{n:04d}", latent=torch.randn(16, 4, 6, generator=draws),
+               texts=[torch.zeros(1, 16)], captions=[f"prompt {n}"])
+        for n in range(7)
+    ]  # fmt: skip
+    about = About(encoder="tiny", revision="sha256:0", null_prompt="", licence="test")
+    return write_shards(folder, samples, null=torch.zeros(1, 16), about=about)
+
+
+def write_prompts_alone(folder: Path, shards: ShardSet) -> Path:
+    """Write a set again without its latents."""
+    samples = [replace(shards.read(n), latent=None) for n in range(2)]
+    about, shape = shards.manifest.about, shards.latent_shape
+    write_shards(folder, samples, null=torch.zeros(1, 16), about=about, latent_shape=shape)
     return folder
 
 
@@ -119,6 +147,36 @@ def test_ranks_change_nothing(evaluate: Program, base: Path, tmp_path: Path) -> 
         (first,), (here,) = results(tmp_path / "1"), results(tmp_path / str(ranks))
         for score in ("frechet", "kernel", "precision", "coverage"):
             assert here[score] == first[score], score
+
+
+def test_real_pictures_may_be_a_set_of_shards(
+    evaluate: Program, base: Path, tmp_path: Path
+) -> None:
+    """Its latents are decoded by the model's own decoder, once, and then stand as pictures do."""
+    shards, net = write_latents(tmp_path / "set"), write_dinov2(tmp_path / "dinov2")
+    more = ["nfe=[1]", "features=dinov2", f"features.path={net}"]
+    out = tmp_path / "out"
+    ended = evaluate.run(*words(base, out, *more, f"real={shards.folder}"))
+    assert (ended.code, ended.errors) == (0, [])
+    encoders: Encoders = QwenImageEncoders(path=str(base))
+    codec = encoders.open(encoders.find(), torch.device("cpu"))
+    (real,) = out.glob("real-*")
+    files = sorted(real.iterdir())
+    assert [file.name for file in files] == [f"{n:06d}.png" for n in range(len(shards))]
+    for number, file in enumerate(files):
+        wanted = picture(codec.decode(shards.read(number).image[None])[0])
+        with Image.open(file) as opened:
+            assert list(opened.getdata()) == list(wanted.getdata())
+    again = tmp_path / "again"
+    assert evaluate.run(*words(base, again, *more, f"real={real}")).code == 0
+    (one,), (other,) = results(out), results(again)
+    for score in ("frechet", "kernel"):
+        assert one[score] == other[score] is not None, score
+    alone = write_prompts_alone(tmp_path / "alone", shards)
+    ended = evaluate.run(*words(base, out, *more, f"real={alone}"))
+    refused(ended, f"real: {alone} holds prompts alone")
+    ended = evaluate.run(*words(base, out, *more, f"real={tmp_path / 'nowhere'}"))
+    refused(ended, "real:", "holds no pictures")
 
 
 def test_a_killed_evaluation_goes_on(evaluate: Program, base: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from twinflow_train.evals.judge import Judge, labelled
 from twinflow_train.evaluate.drawing import PICTURES, cut
 from twinflow_train.evaluate.settings import Evaluating
 from twinflow_train.evaluate.suites import Judged, Prompt, Suite
-from twinflow_train.files import whole_file
+from twinflow_train.files import sha256, whole_file
 from twinflow_train.models.codec import Codec
 from twinflow_train.models.features import FeatureNet, TextNet
 from twinflow_train.rng import generator
@@ -174,7 +174,9 @@ def _real_files(settings: Evaluating, world: World, codec: Callable[[], Codec]) 
     """List real pictures; those in shards are decoded once, and kept beside the results."""
     where = Path(settings.real or "")
     if (where / "manifest.json").is_file():
-        where = _decoded(where, Path(settings.folder) / "real", world, codec)
+        # Named by what they are: another set's pictures are never taken for these.
+        name = f"real-{sha256(where / 'manifest.json')[:8]}"
+        where = _decoded(where, Path(settings.folder) / name, world, codec)
     found = sorted(p for p in where.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not found:
         raise UserError(
