@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 from tests.tiny import Tiny, lines, tiny
 from twinflow_train.dist import World
@@ -207,13 +211,40 @@ def test_a_tracked_run_leaves_a_wandb_run_to_sync(tracked: tuple[Path, str]) -> 
     assert file.name == f"run-{(tracked[0] / 'wandb' / 'id').read_text()}.wandb"
 
 
-def test_a_run_that_is_continued_is_the_same_wandb_run(tmp_path: Path) -> None:
-    for step in (0, 2):
-        with opened(tmp_path, step=step, tracking=WandB()) as log:
-            log.stepped(step, step, {"loss/total": 1.0 * step})
+def records(path: Path) -> Iterator[Any]:
+    """Read the records of a W&B file: LevelDB's log format behind a header of 7 bytes."""
+    data, place, whole = path.read_bytes(), 7, b""
+    while place < len(data):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        whole += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield Record.FromString(whole)
+            whole = b""
+
+
+def test_a_run_that_is_continued_overlays_itself_on_our_own_axis(tmp_path: Path) -> None:
+    """Steps 2 and 3 are made twice, by processes with files of their own for one W&B run."""
+    for begins in ((0, 1, 2, 3), (2, 3, 4)):
+        with opened(tmp_path, step=begins[0], tracking=WandB()) as log:
+            for step in begins:
+                log.stepped(step, step, {"loss/total": 1.5 * step})
+        time.sleep(1.1)  # W&B names its folders by the second
     identity = (tmp_path / "wandb" / "id").read_text()
-    files = list((tmp_path / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb"))
-    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == len(files) >= 1
+    files = sorted((tmp_path / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb"))
+    assert len(files) == len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+    seen, axes = [], set()
+    for file in files:
+        found = list(records(file))
+        rows = [record.history.item for record in found if record.HasField("history")]
+        named = [{i.key or i.nested_key[0]: json.loads(i.value_json) for i in r} for r in rows]
+        seen.append([(row["step"], row["loss/total"]) for row in named])
+        axes |= {(r.metric.glob_name, r.metric.step_metric) for r in found if r.HasField("metric")}
+    assert seen == [[(s, 1.5 * s) for s in (0, 1, 2, 3)], [(s, 1.5 * s) for s in (2, 3, 4)]]
+    assert ("*", "step") in axes
 
 
 def test_the_log_says_what_evaluating_took(tmp_path: Path) -> None:
