@@ -79,7 +79,12 @@ def main(words: Sequence[str] | None = None) -> None:
 def build(out: Path, *, train: int, force: bool) -> None:
     """Write both splits, keeping finished ones."""
     poses = {"train": range(train), "heldout": range(-POSES["heldout"], 0)}
-    wanted = [name for name in poses if force or not finished(out / name)]
+    each = len(CONCEPTS) * len(STYLES)
+    wanted = [
+        name
+        for name, some in poses.items()
+        if force or not finished(out / name, samples=each * len(some))
+    ]
     if not wanted:
         return
     source = SOURCES["styles"]
@@ -116,11 +121,16 @@ def build_judge(out: Path, *, force: bool) -> None:
     print(f"judge: {accuracy:.1%} of the held-out emoji right")
 
 
-def finished(folder: Path) -> bool:
-    """Tell whether a set is there and whole; a set of another version is an error."""
+def finished(folder: Path, *, samples: int) -> bool:
+    """Tell whether a set is there and whole; one of other poses is an error."""
     if not (folder / "manifest.json").exists():
         return False
-    print(f"{folder}: kept {len(ShardSet(folder))} samples (--force builds them again)")
+    if (found := len(ShardSet(folder))) != samples:
+        raise UserError(
+            f"{folder}: has {found} samples, not {samples}; choose another --out, or build it "
+            "again with --force"
+        )
+    print(f"{folder}: kept {samples} samples (--force builds them again)")
     return True
 
 

@@ -52,11 +52,11 @@ def test_every_experiment_composes(name: str) -> None:
     assert found.steps == 2
 
 
-@pytest.mark.parametrize("data", ["digits", "emoji"])
+@pytest.mark.parametrize("data", ["digits", "emoji", "emoji_few"])
 def test_experiments_hold_what_their_names_say(data: str) -> None:
     base, ours = composed(f"experiment={data}_flow"), composed(f"experiment={data}_twinflow")
     assert (base.name, ours.name) == (f"{data}_flow", f"{data}_twinflow")
-    assert data in ours.data.path
+    assert data.replace("_", "-") in ours.data.path
     assert ours.init_from == f"{base.folder}/export"
     assert base.model == ours.model
     assert base.objective.order == 0 < ours.objective.order

@@ -14,10 +14,12 @@ import torch
 from omegaconf import OmegaConf
 
 from data import emoji as recipe
+from data import emoji_few
 from data.emoji import Picture
 from twinflow_train.data.sample import Sample
 from twinflow_train.data.shards import ShardSet
 from twinflow_train.errors import UserError
+from twinflow_train.evals.judge import Judge
 from twinflow_train.models.qwen_image import QwenImage
 
 TOP = Path(__file__).parent.parent.parent
@@ -201,6 +203,53 @@ def test_a_picture_that_is_no_square_is_drawn_in_the_middle() -> None:
     expected = torch.ones(3, 32, 32)
     expected[1:, 8:24] = -1
     torch.testing.assert_close(drawn, expected)
+
+
+# A few of them in many poses
+
+
+@pytest.fixture(scope="module")
+def few(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the small set with two poses of each picture."""
+    out = tmp_path_factory.mktemp("few") / "out"
+    shutil.copytree(built / "packages", out / "packages")
+    emoji_few.main(["--out", str(out), "--poses", "2"])
+    return out
+
+
+def test_a_few_are_in_all_styles_and_in_poses_that_differ(few: Path) -> None:
+    train, heldout = read(few / "train"), read(few / "heldout")
+    many = len(emoji_few.CONCEPTS) * 3
+    assert (len(train), len(heldout)) == (2 * many, 10 * many)
+    assert len({sample.key for sample in train + heldout}) == 12 * many
+    pictures = torch.stack([sample.image for sample in train + heldout])
+    assert len(pictures.flatten(1).unique(dim=0)) == 12 * many
+    assert (pictures.shape[1:], pictures.dtype) == ((3, 32, 32), torch.float32)
+    first = train[: len(emoji_few.CONCEPTS)]
+    assert [sample.fields["label"] for sample in first] == list(range(len(first)))
+    assert {sample.fields["style"] for sample in first} == set(recipe.STYLES)
+    open_style = ShardSet(few / "train").read(0, caption=1)
+    assert open_style.caption == "red apple emoji"
+    for sample in first:
+        name, style = sample.fields["name"], sample.fields["style"]
+        assert name == emoji_few.CONCEPTS[int(sample.fields["label"])]
+        assert sample.caption == f"{name}, {style} emoji"
+
+
+def test_their_judge_knows_them(few: Path) -> None:
+    judge = Judge.load(few / "judge.safetensors")
+    assert (judge.shape, judge.classes) == ((3, 32, 32), len(emoji_few.CONCEPTS))
+    assert judge.accuracy > 0.2, "of two poses; with sixty it knows all, by chance a sixteenth"
+
+
+def test_a_few_are_kept_and_other_poses_refused(
+    few: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    emoji_few.main(["--out", str(few), "--poses", "2"])
+    assert capsys.readouterr().out.count("kept") == 3
+    with pytest.raises(SystemExit):
+        emoji_few.main(["--out", str(few), "--poses", "3"])
+    assert "has 96 samples, not 144; choose another --out" in capsys.readouterr().err
 
 
 # What is refused
