@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+<<<<<<< Updated upstream
 import struct
 import time
 from collections.abc import Iterator
+=======
+import socket
+>>>>>>> Stashed changes
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ import torch
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 from tests.tiny import Tiny, lines, tiny
+from twinflow_train import metrics
 from twinflow_train.dist import World
 from twinflow_train.errors import UserError
 from twinflow_train.metrics import NoTracking, Sink, Tracking, WandB, cut, open_log
@@ -174,6 +179,49 @@ def test_online_without_an_account_is_one_clear_line(
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"tracking\.mode=online.*wandb login.*tracking=none"):
         WandB(mode="online").open(name="x", folder=tmp_path, config={})
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_without_a_network_an_online_run_goes_on_offline(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    answers: bool,
+) -> None:
+    """Nobody listens there, or somebody who never says a word."""
+    with socket.socket() as there:
+        there.bind(("127.0.0.1", 0))
+        if answers:
+            there.listen()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{there.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.setattr(metrics, "PATIENCE_SECONDS", 1)
+        with opened(tmp_path, tracking=WandB(mode="online")) as log:
+            log.stepped(0, 0, {"loss/total": 1.0})
+    assert "W&B cannot be reached" in caplog.text
+    assert "tracking goes on offline" in caplog.text
+    assert [line["loss/total"] for line in lines(tmp_path)] == [1.0]
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+
+
+def test_a_tracker_that_fails_in_mid_run_is_told_once_and_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Lost(Sink):
+        def write(self, step: int, values: Any) -> None:
+            raise ConnectionError("the network is gone")
+
+    class Losing(Tracking):
+        def open(self, **_: Any) -> Sink:
+            return Lost()
+
+    with opened(tmp_path, tracking=Losing()) as log:
+        for step in range(3):
+            log.stepped(step, step, {"loss/total": 1.0})
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+    assert [record.message for record in caplog.records] == [
+        "tracking has failed, and ends: the network is gone (metrics.jsonl has all)"
+    ]
 
 
 # A real run with W&B, from a base at a path that is a URL with credentials

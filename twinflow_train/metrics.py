@@ -118,6 +118,7 @@ class _WandBSink(Sink):
                 if isinstance(error, wandb.errors.AuthenticationError):
                     raise
                 log.warning("W&B cannot be reached (%s): tracking goes on offline", _line(error))
+                wandb.teardown()  # its service takes the id for one that is in use
                 self._run = start("offline")
         except wandb.errors.Error as error:
             raise UserError(
