@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-<<<<<<< Updated upstream
+import socket
 import struct
 import time
 from collections.abc import Iterator
-=======
-import socket
->>>>>>> Stashed changes
 from pathlib import Path
 from typing import Any
 
