@@ -58,6 +58,7 @@ def register() -> None:
 
 def main(planned: Planned) -> int:
     """Print the plan; return 0 if it fits and 1 if not."""
+    planned.engine.check(planned, ranks=planned.gpus)
     planned.adapter.check(planned.model)
     side = latent_side(planned.model, planned.plan.pixels)
     job = job_of(

@@ -6,13 +6,9 @@ torchao is installed beside the environment: inside, every import of diffusers w
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
-import tempfile
-import tomllib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +22,6 @@ from twinflow_train.engines.base import Sharded
 from twinflow_train.engines.optim import MOMENTS, AdamW8bit
 from twinflow_train.errors import UserError
 
-TOP = Path(__file__).parent.parent.parent
 # One block is as long as a row of most matrices. The last one has 3 rows: over 4 ranks, the last
 # rank has none of it.
 WIDE = replace(SIZE, layers=1, heads=4, head_dim=64, rope=[16, 24, 24], patch=1)
@@ -94,25 +89,6 @@ def go_on(
         went.append(trial.learn(engine, progress.step, world)[0])
         progress.advance(BATCH)
     return went
-
-
-@pytest.fixture(scope="module")
-def beside() -> str:
-    """Install torchao, of the versions that the package allows, into a folder that stays."""
-    project: Any = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
-    (wanted,) = project["optional-dependencies"]["lowbit"]
-    folder = Path(sys.prefix, wanted)
-    if not folder.is_dir():
-        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
-        with tempfile.TemporaryDirectory(dir=sys.prefix) as unfinished:
-            site = Path(unfinished, "site")
-            command = [*pip, "--retries=1", "--no-deps", f"--target={site}", wanted]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            if done.returncode:
-                why = done.stderr.strip().rpartition("\n")[2]
-                pytest.skip(f"torchao is not here and cannot be installed: {why}")
-            site.rename(folder)
-    return str(folder)
 
 
 @dataclass(kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages
 from twinflow_train.engines.base import Precision
 from twinflow_train.engines.fsdp2 import FSDP2
-from twinflow_train.engines.optim import AdamW
+from twinflow_train.engines.optim import AdamW, AdamW8bit
+from twinflow_train.engines.single import Single
 from twinflow_train.models.adapter import NoAdapter
 from twinflow_train.models.lora import LoRA
 from twinflow_train.models.qwen_image import QwenImage
@@ -25,7 +27,7 @@ from twinflow_train.objectives.presets import flow_matching
 from twinflow_train.objectives.twinflow import TwinFlow
 from twinflow_train.planner.gpus import GPUS
 from twinflow_train.planner.memory import Job, latent_side, memory
-from twinflow_train.planner.plan import CONTEXT, plan, unfit
+from twinflow_train.planner.plan import CONTEXT, ONE_GPU, needed, plan, remedies, unfit
 from twinflow_train.planner.report import lines
 
 STEPS = 1
@@ -92,24 +94,51 @@ def measured(world: World, wanted: Job) -> int:
     return most
 
 
+OWN_TEACHER = TwinFlow(teacher_decay=0.0)
 ALONE = {
+    "single": job(
+        engine=Single(), optim=AdamW8bit(), objective=OWN_TEACHER, micro_batch=4, batch=4
+    ),
     "kept": job(engine=FSDP2(recompute=0), micro_batch=2, batch=4),
     "recomputed": job(micro_batch=4, batch=4),
     "lora": job(adapter=LoRA(rank=8, alpha=8), micro_batch=4, batch=4),
 }
 
 
-def several(world: World, jobs: list[Job]) -> list[int]:
-    return [measured(world, one) for one in jobs]
+WITH_GRADIENT = job(
+    engine=FSDP2(precision=Precision.fp32),
+    objective=replace(flow_matching(), teacher_decay=0.0),
+    micro_batch=1,
+    batch=1,
+)
+FREED = replace(WITH_GRADIENT, engine=Single(precision=Precision.fp32))
+
+
+def several(world: World, jobs: dict[str, Job]) -> dict[str, int]:
+    return {name: measured(world, one) for name, one in jobs.items()}
+
+
+@cache
+def alone() -> dict[str, int]:
+    extra = {"with the gradient": WITH_GRADIENT, "freed by block": FREED}
+    (found,) = spawn(several, 1, ALONE | extra, timeout_seconds=300)
+    return dict(found)
 
 
 def test_one_rank_takes_what_is_reckoned() -> None:
-    (found,) = spawn(several, 1, list(ALONE.values()))
-    ratios = {
-        name: memory(one).peak / most
-        for (name, one), most in zip(ALONE.items(), found, strict=True)
-    }
+    ratios = {name: memory(one).peak / alone()[name] for name, one in ALONE.items()}
     assert all(abs(ratio - 1) < 0.1 for ratio in ratios.values()), ratios
+
+
+def test_updating_in_the_backward_pass_saves_nearly_the_whole_gradient() -> None:
+    gradient = 4 * sum(p.numel() for p in FREED.model.build().parameters() if p.requires_grad)
+    ordinary, ours = alone()["with the gradient"], alone()["freed by block"]
+    assert ordinary - ours > 0.9 * gradient
+    # Both hold weights and moments; the one holds no more of the gradient than of a block.
+    state = memory(FREED).held
+    assert state == memory(WITH_GRADIENT).held
+    assert ordinary - state > gradient
+    assert ours - state < 0.9 * gradient
 
 
 def test_what_does_not_fit_is_refused_with_changes_that_do() -> None:
@@ -140,3 +169,19 @@ def test_more_ranks_hold_less_and_a_plan_says_so() -> None:
 @pytest.mark.parametrize(("model", "pixels", "side"), [(QwenImage(), 512, 64), (Sana(), 1024, 32)])
 def test_latents_have_their_familys_size(model: Any, pixels: int, side: int) -> None:
     assert latent_side(model, pixels) == side
+
+
+def test_on_one_gpu_updating_in_the_backward_pass_is_a_way_out() -> None:
+    found = remedies(WITH_GRADIENT, needed(memory(FREED)))
+    assert ONE_GPU in found
+    several = replace(WITH_GRADIENT, batch=2, ranks=2)
+    assert ONE_GPU not in remedies(several, needed(memory(FREED)) / 2)
+
+
+def test_with_it_a_smaller_batch_is() -> None:
+    whole = job(layers=1, engine=Single(), optim=AdamW8bit(), objective=OWN_TEACHER, micro_batch=8)
+    half = replace(whole, batch=4, micro_batch=4)
+    between = (needed(memory(whole)) + needed(memory(half))) / 2
+    assert remedies(whole, between) == ["batch=4 micro_batch=4"]
+    # With fewer than four samples a role would have none.
+    assert remedies(whole, needed(memory(half)) * 0.999) == []

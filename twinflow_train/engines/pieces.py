@@ -18,7 +18,7 @@ from twinflow_train.engines.rounding import rounded
 AT_ONCE = 1 << 24
 """Numbers that are updated at once: where the update is not one kernel, it takes WORKING bytes of
 each beside the state."""
-WORKING = 32
+WORKING = 40
 
 
 class Now(NamedTuple):

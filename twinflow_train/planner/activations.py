@@ -26,16 +26,16 @@ from twinflow_train.objectives.twinflow import TwinFlow
 
 @dataclass(frozen=True, kw_only=True)
 class Buffers:
-    """What sharding takes for a group of parameters, in bytes: a block, or what is in none.
+    """What an engine takes for a group of parameters, in bytes: a block, or what is in none.
 
     gathered: its weights as it computes. flat: what they arrive in. sent: what its gradients leave
-    in. shard: its rank's gradient.
+    in. updated: what its update takes, where that comes before the gradients are freed.
     """
 
     gathered: float = 0.0
     flat: float = 0.0
     sent: float = 0.0
-    shard: float = 0.0
+    updated: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Peaks:
     passes: passes without gradient before the one with it, forward: that one, after: those without
     gradient after it. backward: the gradient, with what is kept for it. last: its last block. No
     shard of a gradient is in it. kept: activations held from the forward pass to the gradient.
-    gathered: the most that sharding's buffers took.
+    gathered: the most that the engine's buffers and a block's gradients took.
     """
 
     passes: float
@@ -138,7 +138,7 @@ def _tensors(values: object) -> list[Tensor]:
 
 
 class Sharding:
-    """Follows a network's blocks and adds to `live` what FSDP2 holds at each of them."""
+    """Follows a network's blocks and adds to `live` what an engine holds at each of them."""
 
     def __init__(
         self, net: VelocityNet, live: Live, blocks: Sequence[Buffers], rest: Buffers, *, free: bool
@@ -147,7 +147,7 @@ class Sharding:
         # What no gradient passes through stays gathered from the micro-step before.
         stays = not free and not any(p.requires_grad for p in net.parameters())
         self._held: set[int] = set(range(-1, len(blocks))) if stays else set()
-        self._flat = self._sent = self._grown = self._counted = 0.0
+        self._flat = self._sent = self._grown = self._left = self._counted = 0.0
         self.learning = False
         self._now: int | None = None
         self.turns: list[float] = []
@@ -156,9 +156,11 @@ class Sharding:
         for number, block in enumerate(net.blocks):
             block.register_forward_pre_hook(lambda *_, n=number: self._enter(n))
             block.register_forward_hook(self._leave(number))
+        inside = {id(p) for block in net.blocks for p in block.parameters()}
         for parameter in net.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._arrived)
+                arrived = self._arrived if id(parameter) in inside else self._stays
+                parameter.register_post_accumulate_grad_hook(arrived)
         self._count()
 
     def _of(self, number: int) -> Buffers:
@@ -166,7 +168,7 @@ class Sharding:
 
     def _count(self) -> None:
         held = sum(self._of(n).gathered for n in self._held)
-        now = held + self._flat + self._sent + self._grown
+        now = held + self._flat + self._sent + self._grown + self._left
         self._live.beside += now - self._counted
         self._counted = now
         self._live.note()
@@ -208,24 +210,35 @@ class Sharding:
 
     def _end(self, number: int) -> None:
         self._held.discard(number)
-        self._sent = self._of(number).sent
+        self._sent = self._of(number).sent + self._of(number).updated
         self._count()
-        self._grown = 0.0
+        self._sent, self._grown = self._of(number).sent, 0.0
         self._count()
         self.turns.append(self._live.take())
 
     def _arrived(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self._grown += parameter.grad.nbytes
-        parameter.grad = None
+        self._grown += self._taken(parameter)
         self._count()
+
+    def _stays(self, parameter: Tensor) -> None:
+        """Keep the gradient of what is in no block: the last of them comes at the very end."""
+        self._left += self._taken(parameter)
+        self._count()
+
+    def _taken(self, parameter: Tensor) -> int:
+        assert parameter.grad is not None
+        size, parameter.grad = parameter.grad.nbytes, None
+        return size
 
     def finish(self) -> None:
         """End the last block and what is in none."""
         if self._now is not None:
             self._end(self._now)
+            self._sent += self._rest.updated
+            self._count()
+            self.turns[-1] = max(self.turns[-1], self._live.take())
         self._held.clear()
-        self._flat = self._sent = 0.0
+        self._flat = self._sent = self._left = 0.0
         self._now, self.learning = None, False
         self._count()
 

@@ -10,11 +10,13 @@ from torch import nn
 
 from twinflow_train.batch import Batch, Velocity
 from twinflow_train.deal import Deal
+from twinflow_train.engines import pieces
 from twinflow_train.engines.average import Averages
 from twinflow_train.engines.base import Engine
 from twinflow_train.engines.fsdp2 import FSDP2
 from twinflow_train.engines.optim import BLOCK, AdamW8bit, Optim, RAdam, in_blocks
 from twinflow_train.engines.recompute import recompute_every
+from twinflow_train.engines.single import Single
 from twinflow_train.engines.zero3 import AT_ONCE, ZeRO3
 from twinflow_train.models.adapter import Adapter, Assembly
 from twinflow_train.models.base import Model, VelocityNet
@@ -74,7 +76,7 @@ class Memory:
 
     state: held for good. peaks: most beside it by phase (see `Peaks`); update: most in the
     optimizer's step. grads: of the whole gradient's shards. accumulates: whether they outlive a
-    micro-step.
+    micro-step. buffers: what the engine's buffers hold.
     """
 
     state: dict[str, float]
@@ -84,6 +86,7 @@ class Memory:
     grads: float
     accumulates: bool
     blocks: int = 1
+    buffers: str = "gathered blocks"
 
     @property
     def held(self) -> float:
@@ -116,7 +119,7 @@ class Memory:
         return self.state | {
             "gradients": grads,
             "activations kept": kept,
-            "gathered blocks": gathered,
+            self.buffers: gathered,
             "intermediates": beside - kept - gathered - grads,
         }
 
@@ -133,16 +136,17 @@ def memory(job: Job) -> Memory:
     """Reckon what the first rank of a job holds, the one that holds most."""
     assemblies = job.assemblies()
     state, host, grads = held(job, assemblies)
-    offload = isinstance(job.engine, FSDP2) and job.engine.offload
-    update = largest(job, assemblies)
+    at_once = isinstance(job.engine, Single)  # nothing of the gradient is left for later
+    elsewhere = at_once or (isinstance(job.engine, FSDP2) and job.engine.offload)
     return Memory(
         state={name: value for name, value in state.items() if value},
         host={name: value for name, value in host.items() if value},
         peaks=peaks(job),
-        update=0.0 if offload else update,
-        grads=0.0 if offload else grads,
+        update=0.0 if elsewhere else largest(job, assemblies),
+        grads=0.0 if elsewhere else grads,
         accumulates=job.deal.micro_steps > 1,
         blocks=max(len(one.net.blocks) for one in assemblies),
+        buffers="a block's gradient, update" if at_once else "gathered blocks",
     )
 
 
@@ -232,6 +236,9 @@ def _group(job: Job, parameters: Sequence[nn.Parameter]) -> Buffers:
     reduced = 2 if narrow else 4
     if isinstance(job.engine, ZeRO3):
         return Buffers(gathered=numbers * size, sent=min(trained, AT_ONCE) * 2 * reduced)
+    if isinstance(job.engine, Single):
+        most = max((p.numel() for p in parameters if p.requires_grad), default=0)
+        return Buffers(updated=min(most, pieces.AT_ONCE) * pieces.WORKING)
     alone = job.over == 1
     return Buffers(
         gathered=numbers * size,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from twinflow_train.engines.average import Averages
 from twinflow_train.engines.fsdp2 import FSDP2
 from twinflow_train.engines.optim import AdamW, AdamW8bit
+from twinflow_train.engines.single import Single
 from twinflow_train.engines.zero3 import ZeRO3
 from twinflow_train.planner.flops import work
 from twinflow_train.planner.gpus import GIB, GPU
@@ -19,6 +21,11 @@ FRAGMENTS = 0.05
 """Share of what tensors take that an allocator cannot use for others of another size."""
 USE = (0.25, 0.45)
 """Shares of the most operations a second that training of such networks reached, low and high."""
+
+ONE_GPU = (
+    "engine=single optim=adamw8bit objective.teacher_decay=0 average.slow=0 'micro_batch=${batch}'"
+)
+"""Words for updating inside of the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +164,11 @@ def changes() -> Iterator[Change]:
         return change
 
     def smaller(job: Job) -> Job | None:
-        return replace(job, micro_batch=1) if job.micro_batch > 1 else None
+        whole = isinstance(job.engine, Single)  # its batch is one micro-batch
+        return replace(job, micro_batch=1) if job.micro_batch > 1 and not whole else None
 
     def low_bits(job: Job) -> Job | None:
-        if type(job.optim) is not AdamW or not isinstance(job.engine, FSDP2):
+        if type(job.optim) is not AdamW or isinstance(job.engine, ZeRO3):
             return None
         return replace(job, optim=AdamW8bit(**vars(job.optim)))
 
@@ -182,6 +190,28 @@ def changes() -> Iterator[Change]:
     yield "engine.offload_weights=true", engine(offload_weights=True)
 
 
+def alternatives(job: Job) -> Iterator[tuple[str, Job]]:
+    """Name other ways to train all of a network on one GPU (docs/engines.md), the nearest first."""
+    if isinstance(job.engine, Single):
+        shares = [share for _, share in job.objective.shares.items() if share]
+        batch = job.batch // 2
+        while batch * min(shares) >= sum(shares):
+            yield f"batch={batch} micro_batch={batch}", replace(job, batch=batch, micro_batch=batch)
+            batch //= 2
+        return
+    alone = job.ranks == 1 and not job.adapter.partial
+    if alone and job.objective.teacher_decay < 1 and isinstance(job.optim, AdamW | AdamW8bit):
+        changed = replace(
+            job,
+            engine=Single(precision=job.engine.precision),
+            optim=AdamW8bit(**vars(job.optim)),
+            objective=replace(job.objective, teacher_decay=0.0),
+            average=Averages(),
+            micro_batch=job.batch,
+        )
+        yield ONE_GPU, changed
+
+
 def remedies(job: Job, total: float) -> list[str]:
     """Find what makes a job fit: each change that does alone, or else all up to the first that do.
 
@@ -196,6 +226,7 @@ def remedies(job: Job, total: float) -> list[str]:
         changed = change(job)
         if changed is not None and fits(changed):
             alone.append(words)
+    alone += [words for words, changed in alternatives(job) if fits(changed)][:1]
     if alone:
         return alone
     together: list[str] = []
