@@ -13,7 +13,9 @@ from twinflow_train.reporting import page
 from twinflow_train.reporting.summary import FILE, read, table
 
 
-def main(folders: list[Path], out: Path | None, evaluations: list[Path]) -> None:
+def main(
+    folders: list[Path], out: Path | None, evaluations: list[Path], picture_bytes: int
+) -> None:
     """Print the table of each run that has ended, and write the page."""
     for folder in folders:
         if (folder / FILE).is_file():
@@ -21,7 +23,7 @@ def main(folders: list[Path], out: Path | None, evaluations: list[Path]) -> None
             print(f"{summary['name']}: step {summary['step']:,}, {summary['samples']:,} samples")
             print(table(summary))
     path = out or folders[0] / "report.html"
-    page.write(folders, path, evaluations=evaluations)
+    page.write(folders, path, evaluations=evaluations, picture_bytes=picture_bytes)
     print(f"page: {path}")
 
 
@@ -41,9 +43,15 @@ if __name__ == "__main__":
         metavar="FOLDER",
         help="of twinflow_train.evaluate, to stand on the page too; may be given several times",
     )
+    parser.add_argument(
+        "--megabytes",
+        type=float,
+        default=page.PICTURE_BYTES / 1e6,
+        help="of the pictures of runs, which are made smaller until they fit (%(default)g)",
+    )
     words = parser.parse_args()
     try:
-        main(words.runs, words.out, words.evaluation)
+        main(words.runs, words.out, words.evaluation, int(1e6 * words.megabytes))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -130,8 +130,8 @@ def test_pictures_are_thinned_until_they_fit(
 ) -> None:
     folder = write_run(tmp_path / "run", steps=100)
     one = (folder / "samples" / "step-00000000.png").stat().st_size
-    monkeypatch.setattr(page, "PICTURE_BYTES", 4 * one)
-    page.write([folder], tmp_path / "page.html")
+    monkeypatch.setattr(page, "SMALL_BYTES", one)
+    page.write([folder], tmp_path / "page.html", picture_bytes=4 * one)
     steps = [each["step"] for each in data_of(tmp_path / "page.html")["runs"][0]["pictures"]]
     assert len(steps) == 4
     assert steps[-1] == 90
@@ -176,6 +176,19 @@ def test_large_pictures_are_shown_smaller(tmp_path: Path) -> None:
     with Image.open(BytesIO(base64.b64decode(last["png"].partition(",")[2]))) as shown:
         assert shown.size == (2000, 500)
     assert (tmp_path / "page.html").stat().st_size < large.stat().st_size / 2
+
+
+def test_pictures_are_made_smaller_before_any_is_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=30)
+    draws = np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)
+    for path in (folder / "samples").iterdir():
+        Image.fromarray(draws).save(path)
+    page.write([folder], tmp_path / "page.html", picture_bytes=3 * page.SMALL_BYTES)
+    shown = data_of(tmp_path / "page.html")["runs"][0]["pictures"]
+    assert [one["step"] for one in shown] == [0, 10, 20]
+    sizes = [len(base64.b64decode(one["png"].partition(",")[2])) for one in shown]
+    assert max(sizes) <= page.SMALL_BYTES
+    assert min(sizes) > page.SMALL_BYTES / 4
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:

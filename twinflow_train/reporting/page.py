@@ -25,9 +25,11 @@ POINTS = 400
 PICTURES = 24
 """Pictures of a run: more are thinned out evenly."""
 PICTURE_BYTES = 24_000_000
-"""Of all pictures of runs on the page."""
+"""Of all pictures of runs on the page, unless told."""
 LIGHT_BYTES, LIGHT_SIDE = 1_000_000, 2000
-"""A larger picture is shown smaller, as a JPEG of at most so many pixels a side."""
+"""Of one picture; a larger one is shown as a JPEG of at most so many pixels a side."""
+SMALL_BYTES = 40_000
+"""Where even such small pictures are too many, some are left out."""
 SECTIONS = {
     "Losses": ("loss/", "eval/raw/heldout/", "eval/ema/heldout/", "eval/slow/heldout/"),
     "Quality": ("eval/",),
@@ -67,13 +69,23 @@ class Curves:
         return Curves({name: _thinned(curve) for name, curve in sorted(found.items())})
 
 
-def write(folders: Sequence[Path], path: Path, *, evaluations: Sequence[Path] = ()) -> None:
+def write(
+    folders: Sequence[Path],
+    path: Path,
+    *,
+    evaluations: Sequence[Path] = (),
+    picture_bytes: int = PICTURE_BYTES,
+) -> None:
     """Write a page on runs, and on what `twinflow_train.evaluate` wrote to `evaluations`.
+
+    picture_bytes: of all pictures of runs; they are made smaller, then fewer, until they fit.
 
     Raises:
         UserError: a folder is no run's, or no evaluation's, or the page cannot be written.
     """
-    data = _data(folders) | {"evaluations": [_evaluation(folder) for folder in evaluations]}
+    light = min(LIGHT_BYTES, picture_bytes // 4)
+    found = [_evaluation(folder, light) for folder in evaluations]
+    data = _data(folders, picture_bytes) | {"evaluations": found}
     page = TEMPLATE.read_text().replace("DATA", _json(data), 1)
     try:
         with whole_file(path) as unfinished:
@@ -90,13 +102,13 @@ def _json(data: Any) -> str:
     return text
 
 
-def _data(folders: Sequence[Path]) -> dict[str, Any]:
+def _data(folders: Sequence[Path], picture_bytes: int) -> dict[str, Any]:
     """Gather what the page shows."""
     curves = [Curves.read(folder) for folder in folders]
     manifests = [_manifest(folder) for folder in folders]
     names = _distinct([m.get("name") or folder.name for m, folder in zip(manifests, folders,
                                                                          strict=True)])  # fmt: skip
-    each = PICTURE_BYTES // len(folders)
+    each = picture_bytes // len(folders)
     return {
         "runs": [
             {"name": name, "pictures": list(_pictures(folder, each))}
@@ -108,8 +120,8 @@ def _data(folders: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _evaluation(folder: Path) -> dict[str, Any]:
-    """Return the table and the pictures of an evaluation."""
+def _evaluation(folder: Path, light: int) -> dict[str, Any]:
+    """Return the table and the pictures of an evaluation, each of at most `light` bytes."""
     path = folder / "results.json"
     try:
         said = json.loads(path.read_text())
@@ -125,7 +137,7 @@ def _evaluation(folder: Path) -> dict[str, Any]:
         "asked": asked,
         "head": head,
         "rows": rows,
-        "pictures": [_embedded(picture) for picture in shown if picture.is_file()],
+        "pictures": [_embedded(picture, light) for picture in shown if picture.is_file()],
     }
 
 
@@ -258,23 +270,29 @@ def _thinned(curve: Curve) -> Curve:
 
 
 def _pictures(folder: Path, most_bytes: int) -> Iterator[dict[str, Any]]:
-    """Yield a run's pictures, evenly thinned to fit, the last one always among them."""
+    """Yield a run's pictures, the last one always among them.
+
+    Where they are too large together each is made smaller, and where that is not enough they are
+    thinned evenly.
+    """
     there = sorted((folder / "samples").glob("step-*.png"))
-    room = sum(min(path.stat().st_size, LIGHT_BYTES) for path in there) / most_bytes
-    many = min(len(there), PICTURES, int(len(there) / room) if room > 1 else len(there)) or 1
+    many = min(len(there), PICTURES)
+    if sum(min(path.stat().st_size, LIGHT_BYTES) for path in there[-many:]) > most_bytes:
+        many = max(1, min(many, most_bytes // SMALL_BYTES))
     chosen = [there[len(there) - 1 - n * len(there) // many] for n in range(many)] if there else []
     for path in reversed(chosen):
-        yield {"step": int(path.stem.partition("-")[2]), "png": _embedded(path)}
+        png = _embedded(path, min(LIGHT_BYTES, most_bytes // many))
+        yield {"step": int(path.stem.partition("-")[2]), "png": png}
 
 
-def _embedded(path: Path) -> str:
+def _embedded(path: Path, most_bytes: int) -> str:
     """Return a picture as a URL that holds it: the file itself, or a smaller one if it is large."""
-    kind, content = "png", path.read_bytes()
-    if len(content) > LIGHT_BYTES:
+    kind, content, side = "png", path.read_bytes(), LIGHT_SIDE
+    while len(content) > most_bytes and side > LIGHT_SIDE // 8:
         with Image.open(path) as opened:
             small = opened.convert("RGB")
-        small.thumbnail((LIGHT_SIDE, LIGHT_SIDE))
+        small.thumbnail((side, side))
         light = BytesIO()
         small.save(light, format="JPEG", quality=85)
-        kind, content = "jpeg", light.getvalue()
+        kind, content, side = "jpeg", light.getvalue(), side * 4 // 5
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
