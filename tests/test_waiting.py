@@ -78,15 +78,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("ranks", "more"),
     [
-        ("engine=fsdp2", "engine.recompute=1"),
-        ("engine=fsdp2_gathered", "average.slow=0.9", "engine.precision=bf16"),
+        (2, ("engine=fsdp2", "engine.recompute=1")),
+        (2, ("engine=fsdp2_gathered", "average.slow=0.9", "engine.precision=bf16")),
+        (1, ("engine=single", "objective.teacher_decay=0", "micro_batch=8")),
     ],
-    ids=["recomputed", "gathered"],
+    ids=["recomputed", "gathered", "single"],
 )
-def test_a_step_waits_for_nothing(made: Path, more: tuple[str, ...]) -> None:
-    for rank in spawn(waited, 2, made, more):
+def test_a_step_waits_for_nothing(made: Path, ranks: int, more: tuple[str, ...]) -> None:
+    for rank in spawn(waited, ranks, made, more):
         assert rank == [Counter()] * 3
 
 

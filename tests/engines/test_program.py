@@ -13,11 +13,12 @@ from tests.test_loop import INTERRUPTED, close, wait_for
 from tests.test_run import EXPERIMENTS, composed
 from tests.tiny import Tiny, curve, steps, tiny
 from twinflow_train.engines.fsdp2 import FSDP2
+from twinflow_train.engines.single import Single
 from twinflow_train.engines.zero3 import ZeRO3
 from twinflow_train.run import GROUPS
 
 STEPS = 8
-KINDS = {"fsdp2": FSDP2, "zero3": ZeRO3}
+KINDS = {"fsdp2": FSDP2, "zero3": ZeRO3, "single": Single}
 
 Leg = tuple[int, str]
 LIVES: dict[str, list[Leg]] = {
@@ -26,6 +27,8 @@ LIVES: dict[str, list[Leg]] = {
     "zero3 grows": [(1, "zero3"), (2, "zero3"), (4, "zero3")],
 }
 """Ranks and engine, from one stop to the next."""
+ALONE = ("micro_batch=8", "objective.teacher_decay=0", "optim.clip=0")
+"""What one GPU without shards asks for; its clipping is another one."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def undisturbed(run: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def go_on(run: Tiny, folder: Path, leg: Leg, *, stop: bool) -> None:
+def go_on(run: Tiny, folder: Path, leg: Leg, *more: str, stop: bool) -> None:
     """Begin a run or continue it, to its end, or until it is asked to stop after some steps."""
     ranks, engine = leg
     begun = len(steps(folder)) if folder.exists() else 0
@@ -50,6 +53,7 @@ def go_on(run: Tiny, folder: Path, leg: Leg, *, stop: bool) -> None:
         *(f"engine={engine}", f"steps={STEPS}", "micro_batch=2", "save_every=0", "eval_every=0"),
         *("evals.samplers=[{steps: 1}]", "evals.base=[{steps: 1, style: multi}]"),
         f"resume={'must' if begun else 'never'}",
+        *more,
     )
     with run.program.group(ranks, *words) as processes:
         if stop:
@@ -74,6 +78,17 @@ def test_engines_and_ranks_may_change_at_every_stop(
     go_on(run, folder, last, stop=False)
     assert steps(folder) == list(range(STEPS))
     close(curve(folder), curve(undisturbed), 1e-5)
+
+
+def test_one_gpu_without_shards_is_the_same_run_too(run: Tiny, tmp_path: Path) -> None:
+    folder, ordinary = tmp_path / "run", tmp_path / "ordinary"
+    go_on(run, ordinary, (1, "fsdp2"), *ALONE, stop=False)
+    go_on(run, folder, (1, "single"), *ALONE, stop=True)
+    go_on(run, folder, (1, "fsdp2"), *ALONE, stop=True)
+    go_on(run, folder, (1, "single"), *ALONE, stop=False)
+    assert steps(folder) == list(range(STEPS))
+    close(curve(folder), curve(ordinary), 1e-5)
+    assert (folder / "export" / "transformer" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("engine", list(GROUPS["engine"]))
@@ -114,6 +129,7 @@ def test_what_only_another_engine_has_is_refused_by_key(
             "engine.keep_products does not work with engine=zero3",
         ),
         (("engine=zero3", "optim=adamw8bit"), "optim=adamw8bit does not work with engine=zero3"),
+        (("engine=single",), "engine=single is for one GPU, and this job has 2"),
     ],
 )
 def test_what_does_not_fit_ranks_or_engine_is_one_line_of_a_rank(
