@@ -19,7 +19,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Name everything that a run with an evaluation writes."""
     run = tiny(tmp_path_factory)
     folder = tmp_path_factory.mktemp("dashboard") / "run"
-    ended = run.program.run(*run.words(folder, "steps=2", "save_every=0"))
+    ended = run.program.run(*run.words(folder, "steps=3", "save_every=1"))
     assert ended.code == 0, ended.err
     assert "evaluations took" in ended.out
     return {key for line in lines(folder) for key in line}
