@@ -13,7 +13,7 @@ PACKAGE = "twinflow_train"
 ROOT = Path(__file__).parent.parent / PACKAGE
 
 LAYERS = (
-    ("errors", "scrub", "plain", "files", "rng", "batch", "dist", "late"),
+    ("errors", "scrub", "plain", "files", "rng", "batch", "dist", "late", "garbage"),
     ("flow", "deal", "draws", "passes", "place", "faults", "profiler"),
     ("models", "data", "objectives"),
     ("engines",),

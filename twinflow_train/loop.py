@@ -22,6 +22,7 @@ from twinflow_train.draws import Draws
 from twinflow_train.engines.base import Sharded
 from twinflow_train.evals.during import Found, evaluate
 from twinflow_train.faults import Safeguards, safeguards
+from twinflow_train.garbage import collecting
 from twinflow_train.late import Lap, Later
 from twinflow_train.metrics import Log
 from twinflow_train.planner.speed import Meter
@@ -63,8 +64,7 @@ def train(run: Run) -> int:
         engine = run.shard(world)
         progress = Progress()
         saves = stack.enter_context(run.saves(folder, engine, progress, world))
-        anew = run.resume is Resume.never
-        if anew or not saves.resume(must=run.resume is Resume.must):
+        if run.resume is Resume.never or not saves.resume(must=run.resume is Resume.must):
             set_aside(folder, world)
         write_manifest(folder, run.config(), run.yaml(), run.about(), world)
         log = stack.enter_context(run.log(folder, progress, world))
@@ -72,8 +72,10 @@ def train(run: Run) -> int:
         log.tell(run.banner(engine, world) + "\n" + saves.banner())
         safe = stack.enter_context(safeguards(run.faults, progress.faults, folder, world))
         trace = stack.enter_context(run.profile.tracer(folder, world))
-        steps = partial(prepare, run, world)
-        feed = stack.enter_context(Feed(steps=steps, world=world, budget=run.data.skip_budget))
+        garbage = stack.enter_context(collecting())
+        feed = stack.enter_context(
+            Feed(steps=partial(prepare, run, world), world=world, budget=run.data.skip_budget)
+        )
         ahead: Launched | None = None  # the last step, which the device may still be computing
         while True:
             with safe.watchdog.waiting("the others"):
@@ -95,6 +97,7 @@ def train(run: Run) -> int:
             if done or stop:
                 break
             trace.at(progress.step)
+            garbage.at(progress.step)
             lap = Lap(world.device)
             with safe.watchdog.waiting("data"):
                 prepared = feed.take(progress.position)
@@ -107,11 +110,7 @@ def train(run: Run) -> int:
             saves.finish()
             log.tell(f"interrupted after step {progress.step}; start again to continue")
             return INTERRUPTED
-        summary = found.evaluation.summary() | {"name": run.name, "heldout": found.heldout}
-        summary |= {"step": progress.step, "samples": progress.samples}
-        export(run, engine, summary, folder, world)
-        log.artifact(run.name, folder / "export")
-        log.tell(conclude(folder, summary, write=world.main) + "\n" + log.evaluated())
+        end(run, engine, progress, found, log, folder, world)
         saves.finish()
         return 0
 
@@ -290,6 +289,23 @@ def norms_by_term(run: Run, engine: Sharded, prepared: Prepared, world: World) -
             engine.backward(loss.terms[term], last=last)
         norms[f"norm/{term}"] = float(engine.discard())
     return norms
+
+
+def end(
+    run: Run,
+    engine: Sharded,
+    progress: Progress,
+    found: Found,
+    log: Log,
+    folder: Path,
+    world: World,
+) -> None:
+    """Export the weights and say how good they are."""
+    summary = found.evaluation.summary() | {"name": run.name, "heldout": found.heldout}
+    summary |= {"step": progress.step, "samples": progress.samples}
+    export(run, engine, summary, folder, world)
+    log.artifact(run.name, folder / "export")
+    log.tell(conclude(folder, summary, write=world.main) + "\n" + log.evaluated())
 
 
 def export(run: Run, engine: Sharded, summary: dict[str, Any], folder: Path, world: World) -> None:

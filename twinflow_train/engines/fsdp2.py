@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages, Ramp, follow
 from twinflow_train.engines.base import NO_LIMITS, Engine, Networks, Span, Taken, allowed
+from twinflow_train.engines.compiling import compile_blocks, refuse_unknown_backend
 from twinflow_train.engines.optim import MOMENTS, Optim, Saved, set_rate, set_updates
 from twinflow_train.engines.recompute import recompute_every
 from twinflow_train.errors import UserError, check
@@ -41,16 +42,25 @@ class FSDP2(Engine):
         from their first pass to the end of the step: fewer gathers, more memory.
     offload: keep shards and moments in host memory, and let the CPU take the optimizer's step.
     bf16_reduce: reduce gradients in bfloat16: half the traffic, a little noise.
+    prefetch: blocks whose weights are gathered while the one before them computes.
+    compile: backend of torch.compile for the blocks, such as inductor; null is none.
     """
 
     shard_over: int = 0
     reshard: bool = True
     offload: bool = False
     bf16_reduce: bool = False
+    prefetch: int = 1
+    compile: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check("engine", self, [("shard_over", self.shard_over >= 0, "0 (all ranks) or more")])
+        rules = [
+            ("shard_over", self.shard_over >= 0, "0 (all ranks) or more"),
+            ("prefetch", self.prefetch >= 0, "0 or more"),
+        ]
+        check("engine", self, rules)
+        refuse_unknown_backend(self.compile)
 
     def shard(
         self,
@@ -94,6 +104,8 @@ class FSDP2(Engine):
                 self.recompute, len(net.blocks), keep_products=self.keep_products
             )
             net.recompute(call)
+        if self.compile:
+            compile_blocks(net.blocks, backend=self.compile)
         policy = MixedPrecisionPolicy(
             param_dtype=self.precision.dtype,
             reduce_dtype=torch.bfloat16 if self.bf16_reduce else torch.float32,
@@ -109,6 +121,9 @@ class FSDP2(Engine):
                 reshard_after_forward=self.reshard,
                 offload_policy=place or OffloadPolicy(),
             )
+        for i, block in enumerate(net.blocks):
+            following = net.blocks[i + 1 : i + 1 + self.prefetch]
+            _fsdp(block).set_modules_to_forward_prefetch([*map(_fsdp, following)])
         net.to_empty(device="cpu" if offload else mesh.device_type)
 
 

@@ -8,6 +8,7 @@ from itertools import count
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 aten = torch.ops.aten
@@ -19,6 +20,7 @@ PRODUCTS = [
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
 ]
 """Matrix products and attention: most of the arithmetic, a small part of the activations."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from twinflow_train.batch import Condition
+from twinflow_train.models.attention import JointAttention
 from twinflow_train.models.base import Model, VelocityNet, freeze_unused
 from twinflow_train.models.two_times import SecondEmbedder, pack_times
 
@@ -111,6 +112,8 @@ class QwenImageNet(VelocityNet):
             target_time=size.target_time,
         )
         self.patch = size.patch
+        for block in self.blocks:
+            block.attn.set_processor(JointAttention())
 
     def forward(
         self,
@@ -140,7 +143,7 @@ class QwenImageNet(VelocityNet):
         return unpack(own, self.patch, height, width).to(x_t.dtype)
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> Sequence[Any]:
         """The dual-stream blocks."""
         return list(self.stock.transformer_blocks)
 
