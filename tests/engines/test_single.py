@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from tests.checkpoint.tools import ALONE, IDENTITY
 from tests.engines.tools import (
@@ -45,6 +46,7 @@ from twinflow_train.engines.pieces import Trained, advance, now_of, rule_of
 from twinflow_train.engines.rounding import keys
 from twinflow_train.engines.single import Single
 from twinflow_train.errors import UserError
+from twinflow_train.models.adapter import NoAdapter
 from twinflow_train.rng import generator
 
 # Rows of most matrices are whole blocks of 8-bit moments.
@@ -473,6 +475,34 @@ def test_a_checkpoint_with_other_moments_is_refused(tmp_path: Path) -> None:
     other = trial(single()).shard(ALONE, size=WIDE)
     with pytest.raises(UserError, match="or with another optim="):
         checkpoints(tmp_path, other, Progress(), ALONE).resume()
+
+
+# Loading
+
+
+def test_weights_are_loaded_without_a_second_copy() -> None:
+    (assembly,) = NoAdapter().assemble(replace(WIDE, layers=3), [])
+    values, sizes = weights(), [parameter.numel() for _, _, parameter in assembly.tensors()]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        single(precision=Precision.bf16).load(assembly, values, torch.device("cpu"))
+    live = most = 0
+    for size in allocations(seen):
+        live += size
+        most = max(most, live)
+    assert live == pytest.approx(2 * sum(sizes), rel=0.01)
+    # A tensor as it is drawn and as it is scaled, both in float32: far less than all of them.
+    assert most - live < 9 * max(sizes) < sum(sizes)
+    for _, name, parameter in assembly.tensors():
+        want = values.read(name, parameter.shape, 0, parameter.shape[0])
+        assert torch.equal(parameter, want.to(torch.bfloat16))
+
+
+def allocations(seen: profile) -> list[int]:
+    """List what the allocator handed out and took back, in bytes, in order."""
+    assert seen.profiler is not None
+    assert seen.profiler.kineto_results is not None
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
 
 
 # What it refuses

@@ -89,10 +89,15 @@ class Single(Engine):
         average: Averages,
         world: World,
     ) -> ShardedSingle:
-        """Build and fill the network (see `Engine`); host memory holds a tensor of it at a time."""
+        """Build and fill the network (see `Engine`)."""
         assert world.size == 1, "see `check`"
         assert decay == average.slow == 0, "see `check`"
         (assembly,) = adapter.assemble(model, [])
+        self.load(assembly, weights, world.device)
+        return ShardedSingle(assembly, optim=optim, world=world, fused=self.fused)
+
+    def load(self, assembly: Assembly, weights: Weights, device: torch.device) -> None:
+        """Fill a network that is on meta; host memory holds a tensor of it at a time."""
         net = assembly.net
         for parameter in net.parameters():
             parameter.data = parameter.data.to(self.precision.dtype)
@@ -100,11 +105,10 @@ class Single(Engine):
             net.recompute(
                 recompute_every(self.recompute, len(net.blocks), keep_products=self.keep_products)
             )
-        net.to_empty(device=world.device)
+        net.to_empty(device=device)
         with torch.no_grad():
             for _, name, parameter in assembly.tensors():
                 parameter.copy_(weights.read(name, parameter.shape, 0, parameter.shape[0]))
-        return ShardedSingle(assembly, optim=optim, world=world, fused=self.fused)
 
     def held(self, kind: str, average: Averages) -> torch.dtype:
         """Return the type in which parameters are held: that of computing."""
