@@ -21,7 +21,7 @@ twinflow := outputs/digits_twinflow/summary.json
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-cluster lint types pytest format clean packages FORCE
+.PHONY: help install train test test-cluster soak lint types pytest format clean packages FORCE
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test: lint types pytest ## lint, types and all tests; no root, no GPU, no networ
 
 test-cluster: packages .venv/.installed ## launch on a real Slurm and on two hosts; needs root and apt
 	$(python) -m pytest -q tests/cluster
+
+soak: | $(digits) ## disturb a run in every way for MINUTES=10, and compare its numbers
+	OMP_NUM_THREADS=1 $(python) -m benchmarks.soak --minutes $(or $(MINUTES),10) $(SOAK)
 
 install: .venv/.installed ## create .venv with the package and its tools
 

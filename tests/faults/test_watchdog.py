@@ -166,6 +166,13 @@ def test_without_a_limit_there_is_no_thread(tmp_path: Path) -> None:
         assert "watchdog" not in {thread.name for thread in threading.enumerate()}
 
 
+def test_there_is_a_folder_for_what_nccl_writes(tmp_path: Path) -> None:
+    gpu = World(rank=0, size=1, device=torch.device("cuda"))
+    for world in (ALONE, gpu):
+        with Watchdog(600.0, folder=tmp_path / "stacks", world=world):
+            assert (tmp_path / "stacks").is_dir() == (world is gpu)
+
+
 def test_nccl_writes_its_own_record_to_the_same_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -64,6 +64,9 @@ class Watchdog:
     def __enter__(self) -> Self:
         if math.isfinite(self._longest):
             self._thread.start()
+        if self._world.device.type == "cuda":
+            with suppress(OSError):  # NCCL writes there by itself, and makes no folder
+                self._folder.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(
