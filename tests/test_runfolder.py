@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from pathlib import Path
 
@@ -53,6 +54,21 @@ def test_a_file_in_the_way_is_named(tmp_path: Path, inner: str) -> None:
         run_folder(f"{tmp_path}/file{inner}", ALONE),
     ):
         raise AssertionError("a file was taken for a folder")
+
+
+def test_a_full_disk_is_told_at_the_start(tmp_path: Path) -> None:
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
+    try:
+        with (
+            pytest.raises(UserError, match=r"run: it cannot be written \(File too large\)"),
+            run_folder(str(tmp_path / "run"), ALONE),
+        ):
+            raise AssertionError("there is no room")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    with run_folder(str(tmp_path / "run"), ALONE) as folder:
+        assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
 def test_a_folder_that_nothing_can_be_written_into_is_named() -> None:

@@ -21,6 +21,8 @@ from twinflow_train.files import whole_file
 from twinflow_train.scrub import scrub
 
 MANIFEST = "manifest.json"
+ROOM = 64 << 10
+"""Bytes that have to be free at a start."""
 LIBRARIES = ("torch", "diffusers", "transformers", "deepspeed", "webdataset", "hydra-core", "wandb")
 
 
@@ -29,7 +31,7 @@ def run_folder(path: str, world: World) -> Iterator[Path]:
     """Make a run's folder and keep other jobs out of it until the end. Collective.
 
     Raises:
-        UserError: it cannot be written, or another job runs in it.
+        UserError: it cannot be written, the disk is full, or another job runs in it.
     """
     folder = Path(path)
     problem = ""
@@ -39,6 +41,7 @@ def run_folder(path: str, world: World) -> Iterator[Path]:
             folder.mkdir(parents=True, exist_ok=True)
             lock = (folder / ".lock").open("w")
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _probe(folder / ".probe")
         except BlockingIOError:
             problem = "another job is running in it; wait for it or choose another name="
         except OSError as error:
@@ -51,6 +54,14 @@ def run_folder(path: str, world: World) -> Iterator[Path]:
     finally:
         if lock is not None:
             lock.close()
+
+
+def _probe(path: Path) -> None:
+    """Write a file as large as what stands beside checkpoints; OSError where there is no room."""
+    try:
+        path.write_bytes(bytes(ROOM))
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def set_aside(folder: Path, world: World) -> None:
