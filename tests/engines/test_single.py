@@ -158,7 +158,9 @@ def both(beside: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, 
     with pytest.MonkeyPatch.context() as env:
         env.setenv("TORCHDYNAMO_DISABLE", "1")  # torchao would compile for minutes
         env.setenv("TWINFLOW_TYPE_HOOK", "0")
-        ((plain, eight),) = spawn(everything, 1, beside, tmp_path_factory.mktemp("single"))
+        ((plain, eight),) = spawn(
+            everything, 1, beside, tmp_path_factory.mktemp("single"), timeout_seconds=300
+        )
     assert isinstance(plain, Found)
     assert isinstance(eight, Coded)
     return plain, eight
@@ -501,7 +503,7 @@ def allocations(seen: profile) -> list[int]:
     """List what the allocator handed out and took back, in bytes, in order."""
     assert seen.profiler is not None
     assert seen.profiler.kineto_results is not None
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events: list[Any] = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
 
 
@@ -524,6 +526,11 @@ def test_what_cannot_go_with_it_is_refused_by_key(words: list[str], ranks: int, 
     run = composed("experiment=qwen_image_full_single_gpu", *words)
     with pytest.raises(UserError, match=said):
         run.engine.check(run, ranks=ranks)
+
+
+def test_a_compiler_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match=r"engine\.compile is inducter; it must be null or one of"):
+        single(compile="inducter")
 
 
 def test_its_experiment_is_not_refused() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages
 from twinflow_train.engines.base import NO_LIMITS, Engine, Networks, Parts, Span, Taken
+from twinflow_train.engines.compiling import compile_blocks, refuse_unknown_backend
 from twinflow_train.engines.optim import Optim, RAdam
 from twinflow_train.engines.pieces import Now, Trained, advance, now_of, rule_of
 from twinflow_train.engines.recompute import recompute_every
@@ -43,9 +44,15 @@ class Single(Engine):
       skipped.
 
     fused: on GPUs, compile the update into one kernel.
+    compile: backend of torch.compile for the blocks, such as inductor; null is none.
     """
 
     fused: bool = True
+    compile: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_unknown_backend(self.compile)
 
     def check(self, run: Parts, *, ranks: int) -> None:
         """Refuse what cannot go with it (see `Engine`)."""
@@ -105,6 +112,8 @@ class Single(Engine):
             net.recompute(
                 recompute_every(self.recompute, len(net.blocks), keep_products=self.keep_products)
             )
+        if self.compile:
+            compile_blocks(net.blocks, backend=self.compile)
         net.to_empty(device=device)
         with torch.no_grad():
             for _, name, parameter in assembly.tensors():
