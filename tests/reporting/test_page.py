@@ -151,7 +151,7 @@ def test_what_evaluations_found_is_read_back(tmp_path: Path) -> None:
     run, found = write_run(tmp_path / "run"), evaluated(tmp_path / "geneval")
     page.write([run], tmp_path / "page.html", evaluations=[found])
     (one,) = data_of(tmp_path / "page.html")["evaluations"]
-    assert one["asked"] == "geneval: 553 prompts, 4 pictures of each"
+    assert one["asked"] == "geneval: 553 prompts, 4 of each"
     row = dict(zip(one["head"], one["rows"][0], strict=True))
     assert (row["model"], row["GenEval"], row["DPG"]) == (HOSTILE.replace("\u2028", ""), "0.875",
                                                           "83.2")  # fmt: skip

@@ -108,7 +108,8 @@ def _data(folders: Sequence[Path], picture_bytes: int) -> dict[str, Any]:
     manifests = [_manifest(folder) for folder in folders]
     names = _distinct([m.get("name") or folder.name for m, folder in zip(manifests, folders,
                                                                          strict=True)])  # fmt: skip
-    each = picture_bytes // len(folders)
+    drawn = sum((folder / "samples").is_dir() for folder in folders)
+    each = picture_bytes // max(drawn, 1)
     return {
         "runs": [
             {"name": name, "pictures": list(_pictures(folder, each))}
@@ -126,7 +127,7 @@ def _evaluation(folder: Path, light: int) -> dict[str, Any]:
     try:
         said = json.loads(path.read_text())
         head, *rows = cells(said["results"], said.get("real"))
-        asked = f"{said['suite']}: {said['prompts']:,} prompts, {said['images']:,} pictures of each"
+        asked = f"{said['suite']}: {said['prompts']:,} prompts, {said['images']:,} of each"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--evaluation: {path} was not written by twinflow_train.evaluate ({error!r})"
