@@ -35,7 +35,7 @@ OWNERS = {
     "omegaconf": CONFIGURES,
     "peft": ("models",),
     "pyarrow": ("encoding.parquet",),
-    "torchao": ("engines.optim",),
+    "torchao": ("engines.fp8", "engines.optim"),
     "transformers": ("models",),
     "wandb": ("metrics",),
     "webdataset": ("data",),

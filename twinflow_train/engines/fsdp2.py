@@ -23,6 +23,7 @@ from twinflow_train.dist import World
 from twinflow_train.engines.average import Averages, Ramp, follow
 from twinflow_train.engines.base import NO_LIMITS, Engine, Networks, Span, Taken, allowed
 from twinflow_train.engines.compiling import compile_blocks, refuse_unknown_backend
+from twinflow_train.engines.fp8 import to_fp8
 from twinflow_train.engines.optim import MOMENTS, Optim, Saved, set_rate, set_updates
 from twinflow_train.engines.recompute import recompute_every
 from twinflow_train.errors import UserError, check
@@ -44,6 +45,7 @@ class FSDP2(Engine):
     bf16_reduce: reduce gradients in bfloat16: half the traffic, a little noise.
     prefetch: blocks whose weights are gathered while the one before them computes.
     compile: backend of torch.compile for the blocks, such as inductor; null is none.
+    fp8: multiply in the blocks' linear layers in 8 bits (torchao; GPUs from Hopper on).
     """
 
     shard_over: int = 0
@@ -52,6 +54,7 @@ class FSDP2(Engine):
     bf16_reduce: bool = False
     prefetch: int = 1
     compile: str | None = None
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,6 +107,8 @@ class FSDP2(Engine):
                 self.recompute, len(net.blocks), keep_products=self.keep_products
             )
             net.recompute(call)
+        if self.fp8:
+            to_fp8(net.blocks, emulate=mesh.device_type != "cuda")
         if self.compile:
             compile_blocks(net.blocks, backend=self.compile)
         policy = MixedPrecisionPolicy(

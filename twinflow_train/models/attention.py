@@ -9,7 +9,7 @@ from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-HALF = (torch.bfloat16, torch.float16)
+HALF = frozenset((torch.bfloat16, torch.float16))
 
 
 class JointAttention:
