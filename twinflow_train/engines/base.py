@@ -122,7 +122,8 @@ class Sharded(Protocol):
 
         Where the step's loss, over all ranks, or the gradient's norm is not finite or above its
         limit, nothing is updated, nor counted in `updates`; alike on every rank. number: of the
-        step, for the draws of averages that are rounded at random.
+        step, for the draws of averages that are rounded at random. `Single`, which has updated by
+        then, forbids less.
         """
         ...
 

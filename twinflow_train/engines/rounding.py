@@ -1,7 +1,7 @@
 """Rounding to bfloat16 up or down at random, by a hash of where a number stands.
 
-With weights of 8 bits, rounding to the nearest loses every step below 1/512 of a weight, which at
-small learning rates is nearly all of them. Rounded at random, with the mean kept, they add up.
+bfloat16 has 8 binary digits: rounded to the nearest, every step below 1/512 of a weight is lost,
+at small learning rates nearly all of them. Rounded at random, with the mean kept, they add up.
 Hashes need no generator: they are the same on every device, and fuse into the update's kernel.
 """
 
