@@ -84,7 +84,10 @@ def micro_batches(
 def ours(
     size: QwenImage, objective: TwinFlow, lengths: Sequence[int], side: int, world: World, rows: int
 ) -> Step:
-    """Give our step on our engine, in micro-steps of `rows` texts of like lengths."""
+    """Give our step on our engine, in micro-steps of `rows` texts of like lengths.
+
+    lengths: of the texts of all ranks, each of which takes the first of its share.
+    """
     optim = AdamW()
     engine = FSDP2(precision=Precision.fp32, recompute=0, reshard=False).shard(
         size,
@@ -95,10 +98,11 @@ def ours(
         average=Averages(),
         world=world,
     )
-    deal = Deal(batch=len(lengths), micro_batch=rows, ranks=1, rank=0)
+    deal = Deal(batch=len(lengths), micro_batch=rows, ranks=world.size, rank=world.rank)
+    mine = lengths[: len(lengths) // world.size]
 
     def step(number: int) -> None:
-        for micro, batch in enumerate(micro_batches(size, lengths, rows, number, side)):
+        for micro, batch in enumerate(micro_batches(size, mine, rows, number, side)):
             latent = tuple(batch.data.shape[1:])
             draws = objective.draw(deal, micro, seed=0, step=number, latent=latent)
             loss = objective.loss(engine.student, engine.teacher, batch, draws).total
