@@ -24,13 +24,13 @@ from typing import Any
 from benchmarks.ablation import machine, write
 from tests.program import Program, Running, serve
 from tests.tiny import curve
-from twinflow_train.faults import HUNG
+from twinflow_train.faults import HUNG, Faults
 from twinflow_train.rng import digest
+from twinflow_train.run import INTERRUPTED
 
 RANKS = 2
-END_SECONDS = 150
-"""In which the other rank has to end by itself once one is gone or still: a minute in an evaluation
-or a save, else ten seconds (`faults.hang_seconds`)."""
+MARGIN_SECONDS = 90
+"""For whatever ends by itself, beyond the job's own limits: for starts, on a loaded machine."""
 KINDS = (
     "killed",
     "asked to stop",
@@ -39,6 +39,9 @@ KINDS = (
     "shard away",
     "checkpoint damaged",
 )
+DEADLY = ("killed", "asked to stop", "shard away", "checkpoint damaged")
+"""After these torchrun ends the other ranks; a request is deadly before a rank listens to it."""
+GRACE_SECONDS = 10
 PASSED_OVER = re.compile(r"step-\d{8}, incomplete or damaged")
 
 Words = Callable[[Path], Sequence[str]]
@@ -49,10 +52,12 @@ class Soak:
     """A job and what has happened to it.
 
     words: its command line for a run folder. shards: the set that it trains on, to take a file of.
-    scratch: where its run folders go. most: seconds between two faults at most. seed: of the
+    scratch: where its run folders go. most: a fault comes within so much of the time that the run
+    takes when nothing happens. hang: seconds after which a step counts as hanging. seed: of the
     faults. counts: of what happened. starts: of the job. ends: of its ranks, by exit code.
-    passed_over: damaged checkpoints. by_itself: starts that ended as hung with no fault of ours.
-    seconds: of all disturbed runs together.
+    passed_over: damaged checkpoints. ended: ranks that were ended because another had died, before
+    they noticed. by_itself: starts that ended as hung with no fault of ours.
+    seconds: of all disturbed runs together; usual: of one that nobody disturbed.
     """
 
     program: Program
@@ -60,6 +65,7 @@ class Soak:
     shards: Path
     scratch: Path
     most: float
+    hang: float
     seed: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
@@ -67,44 +73,66 @@ class Soak:
     runs: int = 0
     passed_over: int = 0
     by_itself: int = 0
+    ended: int = 0
     seconds: float = 0.0
+    usual: float = 0.0
     _next: int = 0
 
-    def go_on(self, seconds: float) -> None:
-        """Disturb one run after the other until the time is up; AssertionError if one differs."""
+    def go_on(self, *, seconds: float = 0.0, faults: int = 0) -> None:
+        """Disturb run after run until the time is up and there were so many faults.
+
+        Raises:
+            AssertionError: a run differs, does not end by itself, or ends for no reason.
+        """
         undisturbed = self.scratch / "undisturbed"
-        with self.program.group(RANKS, *self.words(undisturbed)) as ranks:
-            ended = [rank.wait(10 * END_SECONDS) for rank in ranks]
+        began = time.monotonic()
+        with self.program.group(RANKS, *self._command(undisturbed)) as ranks:
+            ended = [rank.wait(900) for rank in ranks]
+        self.usual = time.monotonic() - began
         said = f"it fails when nothing happens: {ended[0].err[-2000:]}"
         assert [one.code for one in ended] == [0] * RANKS, said
         began = time.monotonic()
-        while not self.runs or time.monotonic() - began < seconds:
+
+        def more() -> bool:
+            return time.monotonic() - began < seconds or self._next < faults
+
+        while not self.runs or more():
             folder = self.scratch / f"run-{self.runs}"
-            while not self._start(folder, until=began + seconds):
+            while not self._start(folder, more):
                 pass
             compare(folder, undisturbed)
             self.runs += 1
             shutil.rmtree(folder)
         self.seconds = time.monotonic() - began
 
-    def _start(self, folder: Path, *, until: float) -> bool:
+    def _command(self, folder: Path) -> list[str]:
+        return [*self.words(folder), f"faults.hang_seconds={self.hang}"]
+
+    @property
+    def _end_seconds(self) -> float:
+        """What a rank may take to end by itself once another is gone or still."""
+        return Faults(hang_seconds=self.hang).saving_seconds + MARGIN_SECONDS
+
+    def _start(self, folder: Path, more: Callable[[], bool]) -> bool:
         """Start the job, and let faults happen until it ends; return whether it was finished."""
         self.starts += 1
-        with self.program.group(RANKS, *self.words(folder)) as ranks:
+        with self.program.group(RANKS, *self._command(folder)) as ranks:
             kind, victim = "", -1
             while all(rank.alive for rank in ranks) and not kind:
                 time.sleep(0.01)
-                if time.monotonic() < until:
-                    kind, victim = self._disturb(ranks)
-            # Whoever is not the victim ends by itself; one that is stopped dies as with its node.
-            ended = {n: one.wait(END_SECONDS) for n, one in enumerate(ranks) if n != victim}
+                if more():
+                    kind, victim = self._disturb(ranks, folder)
+            if kind in DEADLY:
+                self._end(ranks)
+            # Where one is stopped the others end by themselves; then it dies, as with its node.
+            ended = {n: one.wait(self._end_seconds) for n, one in enumerate(ranks) if n != victim}
             if victim >= 0:
                 if kind == "stopped for good":
                     ranks[victim].send(signal.SIGKILL)
-                ended[victim] = ranks[victim].wait(END_SECONDS)
+                ended[victim] = ranks[victim].wait(self._end_seconds)
         codes = [ended[n].code for n in range(RANKS)]
         if not kind and any(codes):
-            # On a crowded machine a step may take ten seconds.
+            # On a crowded machine a step may take as long as one that hangs.
             self.by_itself += 1
             said = "\n".join(one.err[-2000:] for one in ended.values())
             assert HUNG in codes, f"it ended by itself, {codes}: {said}"
@@ -113,27 +141,46 @@ class Soak:
         self.passed_over += len(PASSED_OVER.findall(ended[0].err))
         if kind == "shard away":
             self._without_shard(folder)
-        if kind == "checkpoint damaged" and not self._damage(folder):
-            self.counts[kind] -= 1
+        if kind == "checkpoint damaged":
+            self._damage(folder)
         return not any(codes)
 
-    def _disturb(self, ranks: Sequence[Running]) -> tuple[str, int]:
-        """Wait a while and let something happen; return what, and to whom, if the job ends."""
-        self._next += 1
-        waits = digest("soak", self.seed, "when", self._next) % 1000 / 1000 * self.most
-        kind = KINDS[digest("soak", self.seed, "what", self._next) % len(KINDS)]
+    def _end(self, ranks: Sequence[Running]) -> None:
+        """Do as torchrun does once a rank has died: end those that have not ended by themselves."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline and any(rank.alive for rank in ranks):
+            time.sleep(0.01)
+        if any(not rank.alive and rank.code != INTERRUPTED for rank in ranks):
+            for rank in ranks:
+                self.ended += rank.alive
+                rank.send(signal.SIGKILL)
+
+    def _disturb(self, ranks: Sequence[Running], folder: Path) -> tuple[str, int]:
+        """Wait a while and let something happen; return what, and to whom, if the job ends.
+
+        Of any six faults in a row that begin with a multiple of six, each is of another kind.
+        """
+        turn, place = divmod(self._next, len(KINDS))
+        kind = sorted(KINDS, key=lambda one: digest("soak", self.seed, "what", turn, one))[place]
+        waits = digest("soak", self.seed, "when", self._next) % 1000 / 1000
         victim = digest("soak", self.seed, "whom", self._next) % RANKS
-        deadline = time.monotonic() + waits
-        while time.monotonic() < deadline:
+        deadline = time.monotonic() + waits * self.most * self.usual
+        there = {
+            "checkpoint damaged": "checkpoints/step-*[0-9]",
+            "stopped for good": "metrics.jsonl",
+        }
+        needs = there.get(kind, "")
+        while time.monotonic() < deadline or (needs and not any(folder.glob(needs))):
             if not all(rank.alive for rank in ranks):
                 return "", -1
             time.sleep(0.01)
+        self._next += 1
         self.counts[kind] += 1
         if kind == "asked to stop":
             ranks[victim].send(signal.SIGTERM)
         elif kind == "stopped for a while":
             ranks[victim].send(signal.SIGSTOP)
-            time.sleep(self.most / 8)
+            time.sleep(self.hang / 4)
             ranks[victim].send(signal.SIGCONT)
             return "", -1
         else:
@@ -148,24 +195,20 @@ class Soak:
         away = shard.with_suffix(".away")
         shard.rename(away)
         try:
-            with self.program.group(RANKS, *self.words(folder)) as ranks:
-                ended = [rank.wait(END_SECONDS) for rank in ranks]
+            with self.program.group(RANKS, *self._command(folder)) as ranks:
+                ended = [rank.wait(self._end_seconds) for rank in ranks]
         finally:
             away.rename(shard)
         assert [one.code for one in ended] == [2] * RANKS, ended[0].err
         assert any(f"{shard.name} is missing" in one.err for one in ended), ended[0].err
 
-    def _damage(self, folder: Path) -> bool:
-        """Damage a file of the newest checkpoint, if there is one."""
-        whole = sorted(folder.glob("checkpoints/step-*[0-9]"))
-        if not whole:
-            return False
+    def _damage(self, folder: Path) -> None:
+        """Flip a bit of a file of the newest checkpoint, or cut the file short."""
         names = [f"rank-{rank:05d}.safetensors" for rank in range(RANKS)] + ["index.json"]
-        path = whole[-1] / names[digest("soak", self.seed, "file", self._next) % len(names)]
+        path = whole(folder)[-1] / names[digest("soak", self.seed, "file", self._next) % len(names)]
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data if self._next % 2 else data[: len(data) // 2])
-        return True
 
 
 def compare(found: Path, wanted: Path) -> None:
@@ -176,9 +219,13 @@ def compare(found: Path, wanted: Path) -> None:
         assert ours == theirs, f"the last checkpoints differ in their {name}"
 
 
+def whole(folder: Path) -> list[Path]:
+    """List a run's whole checkpoints, the newest last."""
+    return sorted(folder.glob("checkpoints/step-*[0-9]"))
+
+
 def _index(folder: Path) -> dict[str, Any]:
-    newest = sorted(folder.glob("checkpoints/step-*[0-9]"))[-1]
-    index: dict[str, Any] = json.loads((newest / "index.json").read_text())
+    index: dict[str, Any] = json.loads((whole(folder)[-1] / "index.json").read_text())
     return index
 
 
@@ -186,12 +233,14 @@ def report(soak: Soak) -> dict[str, Any]:
     """Say what the job has survived."""
     return {
         "minutes": round(soak.seconds / 60, 1),
+        "seconds of an undisturbed run": round(soak.usual, 1),
         "ranks": RANKS,
         "runs": soak.runs,
         "starts": soak.starts,
         "faults": {kind: soak.counts[kind] for kind in KINDS},
         "all faults": sum(soak.counts.values()),
         "damaged checkpoints passed over": soak.passed_over,
+        "ended before they noticed a death": soak.ended,
         "hung without a fault": soak.by_itself,
         "exit codes": dict(sorted(soak.ends.items())),
         "equal": True,
@@ -201,8 +250,8 @@ def report(soak: Soak) -> dict[str, Any]:
 def digits(folder: Path, *, made: Path, train: Path, steps: int) -> list[str]:
     """Return the command line of the digits job: real digits, its own size, few pictures."""
     return [
-        *("experiment=digits_twinflow", "tracking=none", f"folder={folder}", f"steps={steps}"),
-        *("batch=16", "micro_batch=8", "save_every=4", "eval_every=20", "faults.hang_seconds=10"),
+        *("experiment=digits_twinflow", "init_from=null", "tracking=none", f"folder={folder}"),
+        *(f"steps={steps}", "batch=8", "micro_batch=4", "save_every=4", "eval_every=20"),
         *(f"data.path={train}", f"data.heldout={made / 'heldout'}"),
         f"evals.judge={made / 'judge.safetensors'}",
         *("evals.images=10", "evals.samplers=[{steps: 1}]", "evals.base=[{steps: 1}]"),
@@ -214,7 +263,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--minutes", type=float, default=10, help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="of each run (%(default)s)")
-    parser.add_argument("--most", type=float, default=8, help="seconds between faults, at most")
+    parser.add_argument("--most", type=float, default=0.7, help="a fault within so much of a run")
+    parser.add_argument("--hang", type=float, default=15, help="seconds: faults.hang_seconds")
     parser.add_argument("--seed", type=int, default=0, help="of the faults (%(default)s)")
     parser.add_argument("--data", type=Path, default=Path("datasets/digits"), help="(%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/soak.json"))
@@ -231,10 +281,12 @@ def main(arguments: list[str] | None = None) -> None:
             shards=train,
             scratch=scratch,
             most=options.most,
+            hang=options.hang,
             seed=options.seed,
         )
-        soak.go_on(60 * options.minutes)
-    found = {**machine(), "steps": options.steps, "seed": options.seed, **report(soak)}
+        soak.go_on(seconds=60 * options.minutes)
+    asked = {key: vars(options)[key] for key in ("steps", "most", "hang", "seed")}
+    found = {**machine(), **asked, **report(soak)}
     write(options.out, found)
     print(json.dumps(found, indent=1))
 
