@@ -29,12 +29,16 @@ class Buffers:
     """What an engine takes for a group of parameters, in bytes: a block, or what is in none.
 
     gathered: its weights as it computes. flat: what they arrive in. sent: what its gradients leave
-    in. updated: what its update takes, where that comes before the gradients are freed.
+    in, held until the next group's leave. summed: a copy in which they are summed. shard: what is
+    left of them on this rank. updated: what its update takes, where that comes before the gradients
+    are freed.
     """
 
     gathered: float = 0.0
     flat: float = 0.0
     sent: float = 0.0
+    summed: float = 0.0
+    shard: float = 0.0
     updated: float = 0.0
 
 
@@ -43,9 +47,10 @@ class Peaks:
     """Most bytes held beside the state while a micro-step is in a phase, and what is kept.
 
     passes: passes without gradient before the one with it, forward: that one, after: those without
-    gradient after it. backward: the gradient, with what is kept for it. last: its last block. No
-    shard of a gradient is in it. kept: activations held from the forward pass to the gradient.
-    gathered: the most that the engine's buffers and a block's gradients took.
+    gradient after it. backward: the gradient, with what is kept for it, and of its shards only the
+    one that comes about. last: its last two blocks, less the shards that are then still to come.
+    kept: activations held from the forward pass to the gradient. gathered: the most that the
+    engine's buffers and a block's gradients took.
     """
 
     passes: float
@@ -147,10 +152,10 @@ class Sharding:
         # What no gradient passes through stays gathered from the micro-step before.
         stays = not free and not any(p.requires_grad for p in net.parameters())
         self._held: set[int] = set(range(-1, len(blocks))) if stays else set()
-        self._flat = self._sent = self._grown = self._left = self._counted = 0.0
+        self._flat = self._sent = self._grown = self._left = self._made = self._counted = 0.0
         self.learning = False
         self._now: int | None = None
-        self.turns: list[float] = []
+        self._turns: list[tuple[float, float]] = []
         net.register_forward_pre_hook(lambda *_: self._enter(-1))
         net.register_forward_hook(self._leave(-1))
         for number, block in enumerate(net.blocks):
@@ -168,7 +173,7 @@ class Sharding:
 
     def _count(self) -> None:
         held = sum(self._of(n).gathered for n in self._held)
-        now = held + self._flat + self._sent + self._grown + self._left
+        now = held + self._flat + self._sent + self._grown + self._left + self._made
         self._live.beside += now - self._counted
         self._counted = now
         self._live.note()
@@ -209,12 +214,21 @@ class Sharding:
         self._count()
 
     def _end(self, number: int) -> None:
+        """Let the gradients of a block, or in the end of what is in none, leave.
+
+        They are copied into one buffer and freed; only then they are summed into this rank's shard.
+        """
+        group = self._of(number)
         self._held.discard(number)
-        self._sent = self._of(number).sent + self._of(number).updated
+        self._sent = group.sent + group.updated
         self._count()
-        self._sent, self._grown = self._of(number).sent, 0.0
+        self._sent, self._grown, self._made = group.sent, 0.0, group.summed + group.shard
+        if number < 0:
+            self._left = 0.0
         self._count()
-        self.turns.append(self._live.take())
+        self._made = 0.0
+        self._count()
+        self._turns.append((self._live.take(), group.shard))
 
     def _arrived(self, parameter: Tensor) -> None:
         self._grown += self._taken(parameter)
@@ -230,13 +244,28 @@ class Sharding:
         size, parameter.grad = parameter.grad.nbytes, None
         return size
 
+    @property
+    def most(self) -> float:
+        """The most of any block on the way back, with the shard that it makes."""
+        return max((turn for turn, _ in self._turns), default=0.0)
+
+    @property
+    def most_at_last(self) -> float:
+        """The most of the last two blocks and what is in none, less what is still to be made.
+
+        Before them, shards are fewer, and only what is kept is more: its most is the first's.
+        """
+        found, to_come = 0.0, 0.0
+        for turn, shard in reversed(self._turns[-3:]):
+            to_come += shard
+            found = max(found, turn - to_come)
+        return found
+
     def finish(self) -> None:
         """End the last block and what is in none."""
         if self._now is not None:
             self._end(self._now)
-            self._sent += self._rest.updated
-            self._count()
-            self.turns[-1] = max(self.turns[-1], self._live.take())
+            self._end(-1)
         self._held.clear()
         self._flat = self._sent = self._left = 0.0
         self._now, self.learning = None, False
@@ -277,16 +306,14 @@ def trace(
         loss = objective.loss(asked, asked if teacher is student else teacher, batch, draws)
         inside["after"] = live.take()
         loss.total.backward()
-        rest = live.take()
         for one in found:
             one.finish()
-    turns = [turn for one in found for turn in one.turns] or [rest]
     return Peaks(
         passes=inside["passes"],
         forward=inside["forward"],
         after=inside["after"],
-        backward=max(*turns, rest),
-        last=turns[-1],
+        backward=max(one.most for one in found),
+        last=max(one.most_at_last for one in found),
         kept=inside["kept"],
         gathered=live.most_beside,
     )

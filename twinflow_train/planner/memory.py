@@ -240,10 +240,13 @@ def _group(job: Job, parameters: Sequence[nn.Parameter]) -> Buffers:
         most = max((p.numel() for p in parameters if p.requires_grad), default=0)
         return Buffers(updated=min(most, pieces.AT_ONCE) * pieces.WORKING)
     alone = job.over == 1
+    away = isinstance(job.engine, FSDP2) and job.engine.offload
     return Buffers(
         gathered=numbers * size,
         flat=0 if alone else numbers * size,
-        sent=trained * reduced * (2 if job.gloo and not alone else 1),
+        sent=trained * reduced,
+        summed=trained * reduced if job.gloo and not alone else 0,
+        shard=0 if away else trained * 4 / job.over,
     )
 
 
