@@ -80,7 +80,7 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axes.plot(at, [row["gflop"] * first for row in rows], "--", label="as its operations")
         axes.set_xlabel(name if name != "tokens" else "image tokens")
         axes.set_ylabel("CPU-seconds of a rank a sample")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.set_xticks(at)
         axes.legend()
     save(figure, path)
