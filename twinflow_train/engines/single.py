@@ -100,10 +100,10 @@ class Single(Engine):
         assert world.size == 1, "see `check`"
         assert decay == average.slow == 0, "see `check`"
         (assembly,) = adapter.assemble(model, [])
-        self.load(assembly, weights, world.device)
+        self.fill(assembly, weights, world.device)
         return ShardedSingle(assembly, optim=optim, world=world, fused=self.fused)
 
-    def load(self, assembly: Assembly, weights: Weights, device: torch.device) -> None:
+    def fill(self, assembly: Assembly, weights: Weights, device: torch.device) -> None:
         """Fill a network that is on meta; host memory holds a tensor of it at a time."""
         net = assembly.net
         for parameter in net.parameters():
