@@ -486,7 +486,7 @@ def test_weights_are_loaded_without_a_second_copy() -> None:
     (assembly,) = NoAdapter().assemble(replace(WIDE, layers=3), [])
     values, sizes = weights(), [parameter.numel() for _, _, parameter in assembly.tensors()]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        single(precision=Precision.bf16).load(assembly, values, torch.device("cpu"))
+        single(precision=Precision.bf16).fill(assembly, values, torch.device("cpu"))
     live = most = 0
     for size in allocations(seen):
         live += size
