@@ -50,6 +50,7 @@ TRIALS: dict[int, dict[str, tuple[int, dict[str, Any]]]] = {
     },
     2: {
         "gathered": (4, {"reshard": False}),
+        "teacher gathered": (2, {"keep_teacher": True}),
         "recompute": (2, {"recompute": 1}),
         "replicas": (2, {"shard_over": 1}),
     },

@@ -143,6 +143,7 @@ ALONE = {
     ),
     "kept": job(engine=FSDP2(recompute=0), micro_batch=2, batch=4),
     "recomputed": job(micro_batch=4, batch=4),
+    "teacher gathered": job(engine=FSDP2(keep_teacher=True), micro_batch=4, batch=4),
     "lora": job(adapter=LoRA(rank=8, alpha=8), micro_batch=4, batch=4),
 }
 

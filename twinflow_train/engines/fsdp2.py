@@ -41,6 +41,9 @@ class FSDP2(Engine):
     gradients cross between copies, once a step.
     reshard: free gathered weights after each forward pass; without it the networks stay gathered
         from their first pass to the end of the step: fewer gathers, more memory.
+    keep_teacher: free them, but for the teacher's, which stay gathered from its first pass of a
+        step to the last: its passes follow one another. Not with adapter=lora: there it is the
+        student, with other adapters.
     offload: keep shards and moments in host memory, and let the CPU take the optimizer's step.
     bf16_reduce: reduce gradients in bfloat16: half the traffic, a little noise.
     prefetch: blocks whose weights are gathered while the one before them computes.
@@ -50,6 +53,7 @@ class FSDP2(Engine):
 
     shard_over: int = 0
     reshard: bool = True
+    keep_teacher: bool = False
     offload: bool = False
     bf16_reduce: bool = False
     prefetch: int = 1
@@ -83,6 +87,10 @@ class FSDP2(Engine):
             self._shard(one, mesh, average)
             fill(one, weights)
         return ShardedFSDP2(assemblies, decays=decays, optim=optim, mesh=mesh, world=world)
+
+    def frees(self, *, trained: bool) -> bool:
+        """Tell whether a network's gathered weights are freed after each of its passes."""
+        return self.reshard and (trained or not self.keep_teacher)
 
     def _mesh(self, world: World) -> DeviceMesh:
         """Arrange the ranks: neighbours share one copy of the state."""
@@ -123,7 +131,7 @@ class FSDP2(Engine):
                 module,
                 mesh=mesh,
                 mp_policy=policy,
-                reshard_after_forward=self.reshard,
+                reshard_after_forward=self.frees(trained=assembly.trained),
                 offload_policy=place or OffloadPolicy(),
             )
         for i, block in enumerate(net.blocks):

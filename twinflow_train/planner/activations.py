@@ -281,15 +281,15 @@ def trace(
     draws: Draws,
     *,
     buffers: Callable[[VelocityNet], tuple[list[Buffers], Buffers]],
-    free: bool,
+    free: Callable[[VelocityNet], bool],
 ) -> Peaks:
     """Run a micro-step of an objective over networks on meta and give the peaks of its phases.
 
     nets: every module that is a network or several, once. buffers: of each block of one, and of
-    what is in none. free: whether gathered weights are freed after each pass.
+    what is in none. free: whether a network's gathered weights are freed after each pass.
     """
     live = Live()
-    found = [Sharding(net, live, *buffers(net), free=free) for net in nets.values()]
+    found = [Sharding(net, live, *buffers(net), free=free(net)) for net in nets.values()]
     inside: dict[str, float] = {}
 
     def watched(x_t: Tensor, t: Tensor, r: Tensor, cond: Any, /) -> Tensor:

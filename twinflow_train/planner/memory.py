@@ -274,8 +274,8 @@ def peaks(job: Job) -> Peaks:
     deal, micro = job.deal, _hungriest(job)
     latent = (job.model.channels, *job.latent)
     draws = job.objective.draw(deal, micro, seed=job.seed, step=0, latent=latent)
-    free = job.engine.reshard if isinstance(job.engine, FSDP2) else True
-    nets = {id(one.net): one.net for one in assemblies}
+    engine, nets = job.engine, {id(one.net): one.net for one in assemblies}
+    learn = {id(one.net) for one in assemblies if one.trained}
     return trace(
         job.objective,
         nets,
@@ -284,7 +284,7 @@ def peaks(job: Job) -> Peaks:
         _batch(job),
         draws.to("meta"),
         buffers=lambda net: buffers(job, net),
-        free=free,
+        free=lambda net: not isinstance(engine, FSDP2) or engine.frees(trained=id(net) in learn),
     )
 
 

@@ -125,10 +125,13 @@ def traffic(job: Job) -> float:
     )
     narrow = isinstance(job.engine, FSDP2 | ZeRO3) and job.engine.bf16_reduce
     gradient = trained * (2 if narrow else 4)
-    micro_steps, calls = job.deal.micro_steps, cost(job.objective, job.deal, seed=job.seed).calls
-    gathers = calls + micro_steps  # the gradient gathers once more
-    if isinstance(job.engine, FSDP2) and not job.engine.reshard:
-        gathers = len(assemblies) + 2 * micro_steps - 1
+    micro_steps, spent = job.deal.micro_steps, cost(job.objective, job.deal, seed=job.seed)
+    gathers = spent.calls + micro_steps  # the gradient gathers once more
+    if isinstance(job.engine, FSDP2):
+        if not job.engine.reshard:
+            gathers = len(assemblies) + 2 * micro_steps - 1
+        elif job.engine.keep_teacher and spent.followed and len(assemblies) > 1:
+            gathers += 1 - spent.followed
     over, share = job.over, (job.over - 1) / job.over
     copies = job.ranks // over
     across = 2 * (copies - 1) / copies * gradient / over
@@ -177,6 +180,7 @@ def changes() -> Iterator[Change]:
             return None
         return replace(job, objective=replace(job.objective, teacher_decay=0.0))
 
+    yield "engine.keep_teacher=false", engine(keep_teacher=False)
     yield "engine.reshard=true", engine(reshard=True)
     yield "engine.recompute=1 engine.keep_products=false", engine(recompute=1, keep_products=False)
     yield "micro_batch=1", smaller

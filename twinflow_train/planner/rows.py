@@ -16,12 +16,14 @@ from twinflow_train.objectives.twinflow import TwinFlow
 class Cost:
     """Sample passes without gradient and network calls, of one rank in one optimizer step.
 
-    fillers: those of the passes that are made only so that all ranks call alike.
+    fillers: those of the passes that are made only so that all ranks call alike. followed: those of
+    the calls that a teacher of its own gets.
     """
 
     passes: int = 0
     fillers: int = 0
     calls: int = 0
+    followed: int = 0
 
 
 def rows_by_pass(objective: TwinFlow, deal: Deal, *, seed: int, step: int = 0) -> dict[str, int]:
@@ -63,8 +65,9 @@ def cost(objective: TwinFlow, deal: Deal, *, seed: int, step: int = 0) -> Cost:
         text = Condition(tokens=torch.zeros(rows, 1, 1))
         batch = Batch(data=torch.zeros(rows, 1), cond=text, null=text[:1], keys=("",) * rows)
         objective.loss(student, teacher, batch, draws)
-    asked = student.rows + ([] if teacher is student else teacher.rows)
+    followed = [] if teacher is student else teacher.rows
+    asked = student.rows + followed
     passes = sum(asked) - deal.batch // deal.ranks
     wanted = rows_by_pass(objective, deal, seed=seed, step=step)
     needed = sum(wanted.values()) - wanted["student"]
-    return Cost(passes=passes, fillers=passes - needed, calls=len(asked))
+    return Cost(passes=passes, fillers=passes - needed, calls=len(asked), followed=len(followed))
