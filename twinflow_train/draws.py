@@ -63,6 +63,14 @@ class Draws:
     rectify: Int[Tensor, " g"]
     calls: frozenset[str]
 
+    def pinned(self) -> Draws:
+        """Move every tensor to memory from which a GPU takes it by itself."""
+        pinned = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(pinned, name, value.pin_memory())
+        return pinned
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Draws:
         """Move every tensor to `device`, real numbers to `dtype` if given."""
         moved = copy(self)

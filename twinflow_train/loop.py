@@ -130,6 +130,8 @@ def _prepare(run: Run, world: World, step: int) -> Iterator[Prepared]:
             run.objective.draw(deal, micro, seed=run.seed, step=step, latent=latent)
             for micro in range(deal.micro_steps)
         ]
+        if world.device.type == "cuda":
+            draws = [each.pinned() for each in draws]
         yield Prepared(batches=batches, draws=draws, epochs=run.data.epochs(stream, step))
         step += 1
 
@@ -189,8 +191,8 @@ def learn(
         loss=shares[[*sums].index("loss/total")],
         limits=safe.guard.limits(progress.step),
     )
-    told = Later(shares, taken.norm.to(shares.device), taken.updated.to(shares.device))
     lap.end()
+    told = Later(shares, taken.norm.to(shares.device), taken.updated.to(shares.device))
     return Launched(
         step=progress.step,
         samples=progress.samples,

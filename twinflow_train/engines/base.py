@@ -169,7 +169,8 @@ def allowed(norm: Tensor, loss: Tensor | None, limits: tuple[float, float]) -> T
     """Tell, on the norm's device, whether a step is to be taken (see `Sharded.step`)."""
     fine = norm.isfinite() & (norm <= limits[1])
     if loss is not None:
-        fine = fine & (loss.isfinite() & (loss <= limits[0])).to(fine.device, non_blocking=True)
+        # Gradients in host memory have their norm there, and are then waited for anyway.
+        fine = fine & (loss.isfinite() & (loss <= limits[0])).to(fine.device)
     return fine
 
 

@@ -25,7 +25,8 @@ def to_fp8(blocks: Sequence[nn.Module], *, emulate: bool) -> None:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise UserError("engine.fp8 needs torchao: pip install 'twinflow-train[lowbit]'") from error
-    config = Float8LinearConfig(emulate=emulate)
+    # Tokens are of any number, and are what the gradient of a weight sums over.
+    config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
     for block in blocks:
         convert_to_float8_training(block, config=config, module_filter_fn=_fits)
 

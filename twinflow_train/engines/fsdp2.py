@@ -67,6 +67,11 @@ class FSDP2(Engine):
             ("prefetch", self.prefetch >= 0, "0 or more"),
         ]
         check("engine", self, rules)
+        if self.compile and self.keep_products:
+            raise UserError(
+                "engine.keep_products does not see what a compiler makes of products: set it to "
+                "false, or engine.compile to null"
+            )
         refuse_unknown_backend(self.compile)
 
     def shard(
@@ -88,9 +93,10 @@ class FSDP2(Engine):
             fill(one, weights)
         return ShardedFSDP2(assemblies, decays=decays, optim=optim, mesh=mesh, world=world)
 
-    def frees(self, *, trained: bool) -> bool:
-        """Tell whether a network's gathered weights are freed after each of its passes."""
-        return self.reshard and (trained or not self.keep_teacher)
+    def frees(self, assembly: Assembly) -> bool:
+        """Tell whether a module's gathered weights are freed after each of its passes."""
+        teaches = not assembly.trained and bool({"average", "frozen"} & assembly.networks.keys())
+        return self.reshard and not (self.keep_teacher and teaches)
 
     def _mesh(self, world: World) -> DeviceMesh:
         """Arrange the ranks: neighbours share one copy of the state."""
@@ -131,7 +137,7 @@ class FSDP2(Engine):
                 module,
                 mesh=mesh,
                 mp_policy=policy,
-                reshard_after_forward=self.frees(trained=assembly.trained),
+                reshard_after_forward=self.frees(assembly),
                 offload_policy=place or OffloadPolicy(),
             )
         for i, block in enumerate(net.blocks):
@@ -179,6 +185,11 @@ class ShardedFSDP2(Networks):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Give the shape of each of the student's own parameters, by its name in weight files."""
         return {name: tuple(p.shape) for name, p in self._shards["model"].items()}
+
+    def begin(self, rate: float) -> None:
+        """Free what evaluations have gathered; the rate is asked for when the step is taken."""
+        for net in self._moving:
+            reshard(net)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradient of this rank's share of the loss; reduces at once.

@@ -69,8 +69,9 @@ class Guard:
             self.record.updated(step, loss, norm)
         else:
             self.record.was_skipped()
-        if not what:
+        if not what and updated:
             return
+        what = what or "the loss or the gradient norm is above faults.skip_above"
         mine = json.dumps(_suspects(batches, rows))
         ranks = [json.loads(text) for text in self.world.gather_texts(mine)]
         samples = [one | {"rank": rank} for rank, found in enumerate(ranks) for one in found]

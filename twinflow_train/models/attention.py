@@ -31,10 +31,14 @@ class JointAttention:
         encoder_hidden_states: Float[Tensor, "b text width"],
         encoder_hidden_states_mask: Bool[Tensor, "b text"] | None = None,
         attention_mask: None = None,
+        texts: Bool[Tensor, "b text"] | None = None,
         image_rotary_emb: tuple[Complex[Tensor, "image _"], Complex[Tensor, "text _"]]
         | None = None,
     ) -> tuple[Float[Tensor, "b image width"], Float[Tensor, "b text width"]]:
-        """Return what the image stream and the text stream get."""
+        """Return what the image stream and the text stream get.
+
+        texts: the mask, past the stock network, which would make the host wait for it.
+        """
         assert image_rotary_emb is not None, "positions are part of every stock call"
         image, text, size = hidden_states, encoder_hidden_states, attn.inner_dim // attn.heads
 
@@ -49,7 +53,8 @@ class JointAttention:
         q_text = rotate(attn.norm_added_q(heads(attn.add_q_proj(text))), at_text)
         k_text = rotate(attn.norm_added_k(heads(attn.add_k_proj(text))), at_text)
         v_text = heads(attn.add_v_proj(text))
-        pairs, mask = ((q_text, q), (k_text, k), (v_text, v)), encoder_hidden_states_mask
+        pairs = ((q_text, q), (k_text, k), (v_text, v))
+        mask = encoder_hidden_states_mask if texts is None else texts
         if mask is None or q.device.type != "cuda" or q.dtype not in HALF:
             found = masked(*(torch.cat(pair, dim=1) for pair in pairs), mask=mask).flatten(2)
             of_text, of_image = found.split([text.shape[1], image.shape[1]], dim=1)

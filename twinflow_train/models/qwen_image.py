@@ -134,7 +134,7 @@ class QwenImageNet(VelocityNet):
         tokens = self.stock(
             hidden_states=torch.cat(packed, dim=1),
             encoder_hidden_states=cond.tokens.to(dtype),
-            encoder_hidden_states_mask=cond.mask,
+            attention_kwargs=None if cond.mask is None else {"texts": cond.mask},
             timestep=pack_times(t, r),
             img_shapes=[shapes] * len(x_t),
             return_dict=False,

@@ -275,7 +275,7 @@ def peaks(job: Job) -> Peaks:
     latent = (job.model.channels, *job.latent)
     draws = job.objective.draw(deal, micro, seed=job.seed, step=0, latent=latent)
     engine, nets = job.engine, {id(one.net): one.net for one in assemblies}
-    learn = {id(one.net) for one in assemblies if one.trained}
+    owner = {id(one.net): one for one in assemblies}
     return trace(
         job.objective,
         nets,
@@ -284,7 +284,7 @@ def peaks(job: Job) -> Peaks:
         _batch(job),
         draws.to("meta"),
         buffers=lambda net: buffers(job, net),
-        free=lambda net: not isinstance(engine, FSDP2) or engine.frees(trained=id(net) in learn),
+        free=lambda net: not isinstance(engine, FSDP2) or engine.frees(owner[id(net)]),
     )
 
 
