@@ -17,7 +17,7 @@ from twinflow_train.engines.single import Single
 from twinflow_train.engines.zero3 import ZeRO3
 from twinflow_train.run import GROUPS
 
-STEPS = 8
+STEPS = 24
 KINDS = {"fsdp2": FSDP2, "zero3": ZeRO3, "single": Single}
 
 Leg = tuple[int, str]
